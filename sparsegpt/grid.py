@@ -1,0 +1,83 @@
+"""Asymmetric weight grids, one per (row, group of contiguous columns), and rounding onto them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w_hat = (q - zero) * scale.
+
+    scale: [R, G], positive, in the dtype that will be stored (the arithmetic uses exactly these values, as float32).
+    zero: float32 [R, G], integers in [0, 2^bits - 1]. sizes: int64 [G], columns of each group, in order. bits: 2..8.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    sizes: Tensor
+    bits: int
+
+
+def group_index(sizes: Tensor, channels: int) -> Tensor:
+    """Group of each channel: sizes int64 [G] -> int64 [C]. Raises ValueError unless sizes are positive with sum C."""
+    if sizes.dtype != torch.int64 or sizes.ndim != 1 or (sizes < 1).any() or sizes.sum() != channels:
+        raise ValueError(f"sizes must be int64 [G], positive, with sum {channels}, got {sizes.dtype} {sizes.tolist()}")
+    return torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+
+
+def fit_grid(W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = torch.float16) -> WeightGrid:
+    """Min-max grid of W float [R, C] per row and group, widened to hold 0 so that zero weights stay exactly zero.
+
+    GPTQ (arXiv 2210.17323) section 4. Scales are rounded to scale_dtype; when one of them lies outside the normal range
+    of that dtype (float16: 2^-14 to 65504) all stay float32. A group of zeros has scale 1 and zero 0.
+    Raises ValueError for W that is not a finite matrix, bits outside 2..8, or bad sizes.
+    """
+    if W.ndim != 2 or not W.is_floating_point():
+        raise ValueError(f"W must be a float matrix [R, C], got {W.dtype} {list(W.shape)}: reshape or cast it")
+    if bits not in range(2, 9):
+        raise ValueError(f"bits must be 2..8, got {bits}")
+    sizes = sizes.to(W.device)
+    group_index(sizes, W.shape[1])
+    levels = 2**bits - 1
+    parts = W.split(sizes.tolist(), dim=1)
+    low = torch.stack([part.amin(1) for part in parts], 1).float().clamp_(max=0)  # [R, G]
+    high = torch.stack([part.amax(1) for part in parts], 1).float().clamp_(min=0)  # [R, G]
+    # NaN, Inf and float64 values beyond float32 all show in the extremes.
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise ValueError(f"W {list(W.shape)} holds NaN, Inf or values beyond float32: look at the checkpoint")
+    # Dividing before subtracting keeps the range of two huge weights of opposite sign finite.
+    scale = (high / levels - low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(high == low, torch.ones_like(scale), scale)
+    scale = _rounded(scale, scale_dtype)
+    zero = torch.round(-low / scale.float()).clamp_(0, levels)
+    return WeightGrid(scale, zero, sizes, bits)
+
+
+def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    if ((scale < info.tiny) | (scale > info.max)).any():
+        return scale
+    return scale.to(dtype)
+
+
+def quantize_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Nearest codes on the grid, ties to even: clamp(round(w / scale) + zero, 0, 2^bits - 1). Broadcasts -> uint8."""
+    return torch.round(w.float() / scale.float()).add_(zero).clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def encode(W: Tensor, grid: WeightGrid) -> Tensor:
+    """Nearest codes of a whole matrix: W float [R, C] -> uint8 [R, C]."""
+    parts = W.split(grid.sizes.tolist(), dim=1)
+    columns = zip(parts, grid.scale.split(1, 1), grid.zero.split(1, 1), strict=True)
+    return torch.cat([quantize_codes(w, scale, zero, grid.bits) for w, scale, zero in columns], 1)
+
+
+def dequantize(codes: Tensor, grid: WeightGrid) -> Tensor:
+    """The weights that codes stand for, (q - zero) * scale: uint8 [R, C] -> float32 [R, C]."""
+    weight = codes.float()
+    parts = weight.split(grid.sizes.tolist(), dim=1)
+    for part, scale, zero in zip(parts, grid.scale.split(1, 1), grid.zero.split(1, 1), strict=True):
+        part.sub_(zero).mul_(scale.float())
+    return weight

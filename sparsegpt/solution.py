@@ -1,0 +1,49 @@
+"""What a solver hands back, and the layer error it is judged by."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsegpt.factor import Factor
+from sparsegpt.grid import WeightGrid
+
+# Columns of the product held at once, so that it never needs a second [C, R].
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A compressed weight, in the original column order.
+
+    codes: uint8 [R, C]. grid: its WeightGrid. weight: float32 [R, C], exactly dequantize(codes, grid).
+    loss: ||(W - weight) V||_F^2 over live channels, which is tr((W - weight)(H + lambda I)(W - weight)^T): damping is
+    included, units are those of H. relative_error: loss / ||W V||_F^2, 0 for W = 0. Both None when no factor was given.
+    """
+
+    codes: Tensor
+    grid: WeightGrid
+    weight: Tensor
+    loss: float | None
+    relative_error: float | None
+
+
+def by_step(D: Tensor, factor: Factor) -> Tensor:
+    """D [R, C] laid out for the sweep: float32 [C, R], a fresh copy, one contiguous row for each processing step."""
+    return D.t().index_select(0, factor.order).float()  # [C, R]
+
+
+def energy(D: Tensor, factor: Factor) -> float:
+    """||D^T V||_F^2 over live channels for D [C, R] from `by_step`: layer error of D^T (arXiv 2301.00774, eq. 1)."""
+    live = ~factor.dead[factor.order]
+    total = torch.zeros((), dtype=torch.float64, device=D.device)
+    for start in range(0, D.shape[0], BLOCK):
+        columns = slice(start, min(start + BLOCK, D.shape[0]))
+        product = factor.V[: columns.stop, columns].t() @ D[: columns.stop]  # [block, R]
+        total += product.square_().sum(1, dtype=torch.float64)[live[columns]].sum()
+    return total.item()
+
+
+def relative(loss: float, reference: float) -> float:
+    """loss / reference, and 0 where both vanish: V is regular, so a zero reference means there was nothing to lose."""
+    return loss / reference if reference > 0 else 0.0
