@@ -1,0 +1,22 @@
+"""Packed low-bit formats, the reference operations that define them, and the modules that run them.
+
+All that a machine needs to run a compressed model; nothing here knows how one is made.
+"""
+
+from lowbit.backend import operation, register_backend
+from lowbit.group4 import Group4
+from lowbit.modules import ActivationQuantizer, Linear, Norm, build
+from lowbit.packing import pack, packed_length, unpack
+
+__all__ = [
+    "ActivationQuantizer",
+    "Group4",
+    "Linear",
+    "Norm",
+    "build",
+    "operation",
+    "pack",
+    "packed_length",
+    "register_backend",
+    "unpack",
+]

@@ -1,0 +1,291 @@
+"""The modules of a compressed block: they hold packed tensors and dispatch to a backend.
+
+Every module can say what it is (`spec()`, plain JSON) and be built empty from that (`from_spec`), so a checkpoint's config is enough
+to lay out the model before the tensors are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.backend import operation
+from lowbit.group4 import Group4, decompress
+from lowbit.group4 import compress as group4_compress
+from lowbit.packing import pack
+
+GROUP4 = 64
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes an activation to its grid and back.
+
+    mode "static": one grid a cluster, buffers `scale`, `zero` float32 [G], `bits` uint8 [G], `sizes` int32 [G].
+    mode "token": each token's own range at `token_bits`. mode "group4": FlexGen's codec, groups of 64 channels.
+    """
+
+    def __init__(self, mode: str, *, clusters: int = 0, token_bits: int = 0):
+        super().__init__()
+        self.mode, self.clusters, self.token_bits = mode, clusters, token_bits
+        if mode == "static":
+            self.register_buffer("scale", torch.ones(clusters, dtype=torch.float32))
+            self.register_buffer("zero", torch.zeros(clusters, dtype=torch.float32))
+            self.register_buffer("bits", torch.full((clusters,), 16, dtype=torch.uint8))
+            self.register_buffer("sizes", torch.zeros(clusters, dtype=torch.int32))
+
+    @classmethod
+    def static(
+        cls, scale: torch.Tensor, zero: torch.Tensor, bits: torch.Tensor, sizes: torch.Tensor
+    ) -> ActivationQuantizer:
+        """From grids: scale, zero float [G], bits integer [G] (16: untouched), sizes integer [G]."""
+        q = cls("static", clusters=scale.numel())
+        q.scale, q.zero = scale.float(), zero.float()
+        q.bits, q.sizes = bits.to(torch.uint8), sizes.to(torch.int32)
+        return q
+
+    def spec(self) -> dict[str, Any]:
+        return {"mode": self.mode, "clusters": self.clusters, "token_bits": self.token_bits}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any] | None) -> ActivationQuantizer | None:
+        return None if spec is None else cls(spec["mode"], clusters=spec["clusters"], token_bits=spec["token_bits"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., C] -> [..., C], same dtype."""
+        if self.mode == "static":
+            run = operation("quantize_activation_static", x.device.type)
+            return run(x, self.scale, self.zero, self.bits, self.sizes.long())
+        if self.mode == "token":
+            return operation("quantize_activation_dynamic", x.device.type)(x, self.token_bits)
+        return decompress(group4_compress(x, dim=-1, group=GROUP4), x.dtype)
+
+
+def _spec_of(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
+    return None if quantizer is None else quantizer.spec()
+
+
+class Linear(nn.Module):
+    """y = quantize_out(quantize_in(x) W^T + b), weight packed at 2, 3, 4 or 8 bits or kept (bits=16).
+
+    Buffers at bits < 16: `weight_packed` uint8 [R, ceil(C bits/8)], `weight_scale` [R, G], `weight_zero` uint8 [R, ceil(G bits/8)],
+    `weight_groups` int32 [G]. With codec "group4": `weight_packed`, `weight_scale`, `weight_minimum` of FlexGen's codec along R.
+    At 16 bits: `weight` [R, C]. `bias` [R] or None. `input_quantizer` acts on x, `output_quantizer` on y (queries, keys, values).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int = 16,
+        groups: int = 1,
+        codec: str = "grid",
+        bias: bool = True,
+        scale_dtype: str = "float16",
+        dtype: torch.dtype | None = None,
+        input_quantizer: ActivationQuantizer | None = None,
+        output_quantizer: ActivationQuantizer | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.groups, self.codec, self.scale_dtype = bits, groups, codec, scale_dtype
+        self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
+        for name, (shape, kind) in self._layout(dtype).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=kind))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+
+    def _layout(self, dtype: torch.dtype | None) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        C, R, G, b = self.in_features, self.out_features, self.groups, self.bits
+        if b == 16:
+            return {"weight": ((R, C), dtype)}
+        if self.codec == "group4":
+            groups = -(-R // GROUP4)
+            return {
+                "weight_packed": ((C, (R + 1) // 2), torch.uint8),
+                "weight_scale": ((C, groups), torch.float16),
+                "weight_minimum": ((C, groups), torch.float16),
+            }
+        return {
+            "weight_packed": ((R, (C * b + 7) // 8), torch.uint8),
+            "weight_scale": ((R, G), SCALE_DTYPES[self.scale_dtype]),
+            "weight_zero": ((R, (G * b + 7) // 8), torch.uint8),
+            "weight_groups": ((G,), torch.int32),
+        }
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": "linear",
+            "bits": self.bits,
+            "groups": self.groups,
+            "codec": self.codec,
+            "scale_dtype": self.scale_dtype,
+            "input": _spec_of(self.input_quantizer),
+            "output": _spec_of(self.output_quantizer),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], like: nn.Module) -> Linear:
+        """An empty module of `spec`'s layout with the shape, bias and dtype of `like` (nn.Linear or GPT-2's Conv1D)."""
+        out_features, in_features = linear_shape(like)
+        return cls(
+            in_features,
+            out_features,
+            bits=spec["bits"],
+            groups=spec["groups"],
+            codec=spec["codec"],
+            scale_dtype=spec["scale_dtype"],
+            bias=like.bias is not None,
+            dtype=like.weight.dtype,
+            input_quantizer=ActivationQuantizer.from_spec(spec["input"]),
+            output_quantizer=ActivationQuantizer.from_spec(spec["output"]),
+        )
+
+    @classmethod
+    def full_precision(cls, like: nn.Module) -> Linear:
+        """The same function as `like`, weights kept as they are (a Conv1D's transposed to [R, C])."""
+        out_features, in_features = linear_shape(like)
+        new = cls(in_features, out_features, bias=like.bias is not None, dtype=like.weight.dtype)
+        new.weight = like.weight.detach() if isinstance(like, nn.Linear) else like.weight.detach().T.contiguous()
+        new.bias = None if like.bias is None else like.bias.detach()
+        return new
+
+    def pack_(
+        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, sizes: torch.Tensor, bits: int
+    ) -> None:
+        """Replace the kept weight by codes uint8 [R, C] on grids scale [R, G], zero [R, G], sizes [G]."""
+        del self.weight
+        self.bits, self.groups, self.codec = bits, sizes.numel(), "grid"
+        self.scale_dtype = str(scale.dtype).removeprefix("torch.")
+        self.register_buffer("weight_packed", pack(codes, bits))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", pack(zero.to(torch.uint8), bits))
+        self.register_buffer("weight_groups", sizes.to(torch.int32))
+
+    def pack_group4_(self) -> None:
+        """Replace the kept weight by FlexGen's codec, groups of 64 along the rows."""
+        stored = group4_compress(self.weight, dim=0, group=GROUP4)
+        del self.weight
+        self.bits, self.groups, self.codec = 4, stored.scale.shape[1], "group4"
+        self.register_buffer("weight_packed", stored.packed)
+        self.register_buffer("weight_scale", stored.scale)
+        self.register_buffer("weight_minimum", stored.minimum)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as stored: codes, scales, zero points, group sizes."""
+        return sum(
+            t.numel() * t.element_size() for name, t in self.named_buffers(recurse=False) if name.startswith("weight")
+        )
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """[R, C]: float32 from codes, or the kept weight in its own dtype."""
+        if self.bits == 16:
+            return self.weight
+        if self.codec == "group4":
+            shape = (self.out_features, self.in_features)
+            stored = Group4(self.weight_packed, self.weight_scale, self.weight_minimum, shape, 0, GROUP4)
+            return decompress(stored, torch.float32)
+        run = operation("dequantize_weight", self.weight_packed.device.type)
+        groups = self.weight_groups.long()
+        return run(
+            self.weight_packed, self.weight_scale, self.weight_zero, groups, bits=self.bits, channels=self.in_features
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., C] -> [..., R], same dtype."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups"
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear, a lowbit Linear or a Conv1D, whose weight is [in, out]."""
+    if isinstance(module, (nn.Linear, Linear)):
+        return module.out_features, module.in_features
+    return module.weight.shape[1], module.weight.shape[0]
+
+
+class Norm(nn.Module):
+    """One module that normalizes, permutes and quantizes: quantize(norm(x)[..., permutation]).
+
+    Buffers: `weight` [C] and `bias` [C] as in the model (in the *unpermuted* order), `permutation` int32 [C] or None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kind: str,
+        eps: float,
+        weight: bool = True,
+        bias: bool = False,
+        permuted: bool = False,
+        dtype: torch.dtype | None = None,
+        quantizer: ActivationQuantizer | None = None,
+    ):
+        super().__init__()
+        self.kind, self.eps, self.quantizer = kind, eps, quantizer
+        self.register_buffer("weight", torch.zeros(channels, dtype=dtype) if weight else None)
+        self.register_buffer("bias", torch.zeros(channels, dtype=dtype) if bias else None)
+        self.register_buffer("permutation", torch.zeros(channels, dtype=torch.int32) if permuted else None)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "kind": "norm",
+            "norm": self.kind,
+            "permuted": self.permutation is not None,
+            "quantizer": _spec_of(self.quantizer),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], like: nn.Module) -> Norm:
+        """An empty module of `spec`'s layout with the shape and epsilon of the norm `like`."""
+        weight, bias = getattr(like, "weight", None), getattr(like, "bias", None)
+        channels = like.normalized_shape[0] if weight is None else weight.shape[0]
+        return cls(
+            channels,
+            kind=spec["norm"],
+            eps=norm_epsilon(like),
+            weight=weight is not None,
+            bias=bias is not None,
+            permuted=spec["permuted"],
+            dtype=None if weight is None else weight.dtype,
+            quantizer=ActivationQuantizer.from_spec(spec["quantizer"]),
+        )
+
+    @classmethod
+    def full_precision(cls, like: nn.Module, kind: str) -> Norm:
+        """The same function as the model's norm `like`."""
+        new = cls.from_spec({"norm": kind, "permuted": False, "quantizer": None}, like)
+        for name in ("weight", "bias"):
+            if getattr(new, name) is not None:
+                setattr(new, name, getattr(like, name).detach())
+        return new
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., C] -> [..., C], same dtype."""
+        run = operation("norm", x.device.type)
+        y = run(x, self.weight, self.bias, self.permutation, kind=self.kind, eps=self.eps)
+        return y if self.quantizer is None else self.quantizer(y)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, permuted={self.permutation is not None}"
+
+
+def norm_epsilon(norm: nn.Module) -> float:
+    """The epsilon of a LayerNorm (`eps`) or of one of transformers' RMSNorms (`variance_epsilon` or `eps`)."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+KINDS = {"linear": Linear, "norm": Norm}
+
+
+def build(spec: dict[str, Any], like: nn.Module) -> nn.Module:
+    """The empty module that `spec` describes, shaped like the model's own module `like`."""
+    return KINDS[spec["kind"]].from_spec(spec, like)
