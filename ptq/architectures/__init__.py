@@ -1,0 +1,8 @@
+"""Which model families can be compressed, and how a family is looked up."""
+
+from ptq.architectures.families import FAMILIES
+from ptq.architectures.geometry import Geometry, geometry_of
+from ptq.architectures.lookup import spec_for
+from ptq.architectures.spec import FusedQKV, Refusal, Spec
+
+__all__ = ["FAMILIES", "FusedQKV", "Geometry", "Refusal", "Spec", "geometry_of", "spec_for"]

@@ -1,0 +1,173 @@
+"""One block of a model at a time: an empty skeleton, blocks filled from safetensors, and the arguments each block is called with."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lowbit.modules import Linear, Norm
+from torch import nn
+
+from ptq.architectures import FusedQKV, Spec
+from ptq.errors import BadInput
+from ptq.source import Checkpoint
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model calls one block, beside the hidden state: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _LastBlock(Exception):
+    """Ends the recording forward once every block has been called."""
+
+
+def skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model with meta parameters (no memory) and real buffers such as rotary frequencies."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def tensor_names(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> dict[str, str]:
+    """Model parameter name -> name in the checkpoint, tied copies left out.
+
+    Some hub files lack the base model's prefix, and some families renamed a module since (`spec.renamed`).
+
+    Raises:
+        BadInput: a parameter the checkpoint lacks, or whose shape differs.
+    """
+    prefix = f"{model.base_model_prefix}."
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names = {}
+    for name in model.state_dict():
+        older = next((old + name.removeprefix(new) for new, old in spec.renamed if name.startswith(new)), name)
+        found = next((n for n in (name, name.removeprefix(prefix), older) if n in checkpoint.where), None)
+        if found is not None:
+            names[name] = found
+        elif name not in tied:
+            raise BadInput(f"{checkpoint.folder}: tensor {name} is missing from the safetensors files")
+    return names
+
+
+def fill(module: nn.Module, prefix: str, names: dict[str, str], checkpoint: Checkpoint, *, device, dtype=None) -> None:
+    """Give `module` its tensors from the checkpoint, floating ones cast to `dtype` if given.
+
+    Raises:
+        BadInput: a tensor whose shape is not the model's.
+    """
+    for local, parameter in list(module.named_parameters(remove_duplicate=False)):
+        full = f"{prefix}.{local}" if prefix else local
+        if full not in names:
+            continue
+        tensor = checkpoint.read([names[full]], dtype)[names[full]]
+        if tensor.shape != parameter.shape:
+            raise BadInput(
+                f"{checkpoint.folder}: {names[full]} is {list(tensor.shape)}, the config says {list(parameter.shape)}"
+            )
+        owner, _, leaf = local.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
+
+
+def record_calls(
+    model: nn.Module,
+    spec: Spec,
+    names: dict[str, str],
+    checkpoint: Checkpoint,
+    batches: list[torch.Tensor],
+    *,
+    device,
+    dtype,
+) -> tuple[list[torch.Tensor], list[dict[int, Call]]]:
+    """Run the embeddings on token batches [B, T] and see how every block would be called.
+
+    Blocks are passed over (each hands its input on), so this costs little. All blocks' arguments are kept because they may differ by
+    block: attention masks and rotary tables depend on the layer type.
+
+    Returns:
+        Hidden states entering block 0, one [B, T, C] a batch on the CPU; and for each block, batch size -> Call.
+    """
+    blocks = model.get_submodule(spec.blocks)
+    outside = {name: source for name, source in names.items() if not name.startswith(f"{spec.blocks}.")}
+    base = getattr(model, model.base_model_prefix)
+    fill(base, model.base_model_prefix, outside, checkpoint, device=device, dtype=dtype)
+    for module in base.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    hidden: list[torch.Tensor] = []
+    calls: list[dict[int, Call]] = [{} for _ in blocks]
+
+    def recorder(i: int):
+        def forward(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if i == 0:
+                hidden.append(states.detach().cpu())
+            calls[i].setdefault(states.shape[0], Call(args, kwargs))
+            if i == len(blocks) - 1:
+                raise _LastBlock
+            return (states,) if spec.returns_tuple else states
+
+        return forward
+
+    for i, block in enumerate(blocks):
+        block.forward = recorder(i)
+    try:
+        with torch.no_grad():
+            for tokens in batches:
+                try:
+                    base(input_ids=tokens.to(device), use_cache=False)
+                except _LastBlock:
+                    continue
+    finally:
+        for block in blocks:
+            del block.forward
+    for name in outside:  # embeddings are large and not needed again
+        owner, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(owner)._parameters
+        parameters[leaf] = nn.Parameter(parameters[leaf].to("meta"), requires_grad=False)
+    return hidden, calls
+
+
+def load_block(
+    model: nn.Module, spec: Spec, i: int, names: dict[str, str], checkpoint: Checkpoint, *, device
+) -> nn.Module:
+    """Block i with its tensors, its linears and norms as lowbit modules in full precision (the same function)."""
+    block = copy.deepcopy(model.get_submodule(spec.blocks)[i])
+    fill(block, f"{spec.blocks}.{i}", names, checkpoint, device=device)
+    block = block.to(device)
+    for path in linear_paths(spec):
+        swap(block, path, Linear.full_precision)
+    for path in norm_paths(spec):
+        swap(block, path, lambda norm: Norm.full_precision(norm, spec.norm))
+    return block.eval()
+
+
+def swap(parent: nn.Module, path: str, make) -> None:
+    """Replace the submodule at `path` by make(it)."""
+    owner, _, leaf = path.rpartition(".")
+    setattr(parent.get_submodule(owner), leaf, make(parent.get_submodule(path)))
+
+
+def linear_paths(spec: Spec) -> tuple[str, ...]:
+    """Paths of every linear in a block, each once."""
+    qkv = (spec.qkv.module,) if isinstance(spec.qkv, FusedQKV) else spec.qkv
+    return (*qkv, spec.output, *spec.up, spec.down)
+
+
+def norm_paths(spec: Spec) -> tuple[str, ...]:
+    """Paths of the norms that feed linears or sit on query and key heads."""
+    return tuple(n for n in (spec.attention_norm, spec.mlp_norm) if n) + (spec.head_norms or ())
+
+
+def run_block(block: nn.Module, states: torch.Tensor, call: Call) -> torch.Tensor:
+    """Hidden state [B, T, C] through the block."""
+    out = block(states, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out

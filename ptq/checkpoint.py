@@ -1,0 +1,186 @@
+"""Write compressed checkpoints, and load any checkpoint to run it.
+
+A compressed folder is a Hugging Face folder: one shard a block (written as soon as the block is done, so that a model larger than memory
+streams through), a shard with the rest, the index, the config with its `quantization_config`, tokenizer files, recipe, report and card.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lowbit.modules import Linear, Norm
+from safetensors import safe_open
+from torch import nn
+
+import rptq
+from ptq.architectures import Spec
+from ptq.errors import BadInput
+from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
+from ptq.ledger import write_json, write_tensors, write_whole
+from ptq.recipe import Recipe, dump_yaml
+from ptq.reorder import Orders
+from ptq.source import INDEX, Checkpoint, read_config, resolve
+
+# What belongs beside the weights; everything else in a source folder stays where it is.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+)
+RANGES = "channel_ranges.safetensors"
+
+
+class Writer:
+    """Writes one compressed checkpoint into `folder`, a block at a time."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, spec: Spec, recipe: Recipe, *, blocks: int):
+        self.folder, self.checkpoint, self.spec, self.recipe, self.blocks = folder, checkpoint, spec, recipe, blocks
+
+    def shard(self, i: int) -> Path:
+        """File of block i; number `blocks` is the shard with everything outside the blocks."""
+        return self.folder / f"model-{i + 1:05d}-of-{self.blocks + 1:05d}.safetensors"
+
+    def write_block(self, i: int, block: nn.Module, ranges: dict[str, rptq.ChannelRange], orders: Orders) -> None:
+        """The block's tensors under their names in the model, and its channel ranges (in the original channel order)."""
+        prefix = f"{self.spec.blocks}.{i}"
+        write_tensors(self.shard(i), {f"{prefix}.{name}": t for name, t in block.state_dict().items()})
+        facts = {}
+        for name, found in ranges.items():
+            facts |= {f"blocks.{i}.{name}.min": found.min, f"blocks.{i}.{name}.max": found.max}
+            order = orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(name, name))
+            if order is not None:
+                facts |= {f"blocks.{i}.{name}.permutation": order.perm, f"blocks.{i}.{name}.sizes": order.sizes}
+        write_tensors(self._ranges(i), facts)
+
+    def module_specs(self, i: int, block: nn.Module) -> dict[str, Any]:
+        """What the config must say of each lowbit module of the block."""
+        modules = block.named_modules(prefix=f"{self.spec.blocks}.{i}")
+        return {name: m.spec() for name, m in modules if isinstance(m, (Linear, Norm))}
+
+    def write_rest(self, names: dict[str, str]) -> None:
+        """Embeddings, final norm and head, as they are in the source."""
+        rest = {n: source for n, source in names.items() if not n.startswith(f"{self.spec.blocks}.")}
+        read = self.checkpoint.read(rest.values())
+        write_tensors(self.shard(self.blocks), {name: read[source] for name, source in rest.items()})
+
+    def finish(self, report: dict[str, Any], card: str, specs: dict[str, Any]) -> None:
+        """Everything beside the shards: index, config, tokenizer, recipe, ranges, report and card."""
+        self._write_index()
+        self._write_config(specs)
+        for name in COMPANIONS:
+            if (self.checkpoint.folder / name).is_file():
+                shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
+        ranges: dict[str, torch.Tensor] = {}
+        for i in range(self.blocks):
+            with safe_open(self._ranges(i), framework="pt") as f:
+                ranges |= {name: f.get_tensor(name) for name in f.keys()}
+        write_tensors(self.folder / RANGES, ranges)
+        for i in range(self.blocks):
+            self._ranges(i).unlink()
+        write_whole(self.folder / "recipe.yaml", dump_yaml(self.recipe).encode())
+        write_json(self.folder / "report.json", report)
+        write_whole(self.folder / "README.md", card.encode())
+
+    def weight_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.shard(i).stat().st_size for i in range(self.blocks + 1))
+
+    def _ranges(self, i: int) -> Path:
+        return self.folder / f"ranges-{i:05d}.safetensors"
+
+    def _write_index(self) -> None:
+        weight_map, total = {}, 0
+        for i in range(self.blocks + 1):
+            with safe_open(self.shard(i), framework="pt") as f:
+                for name in f.keys():
+                    weight_map[name] = self.shard(i).name
+            total += self.shard(i).stat().st_size
+        write_json(self.folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def _write_config(self, specs: dict[str, Any]) -> None:
+        config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf8"))
+        config["model_type"] = MODEL_TYPE_PREFIX + self.checkpoint.config.model_type
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "softmax_bits": self.recipe.activations.softmax_bits if self.spec.attention_interface else 16,
+            "kv_bits": self.recipe.activations.kv_bits,
+            "modules": specs,
+        }
+        write_json(self.folder / "config.json", config)
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model ready to run, from a compressed folder, a full-precision folder or a hub id.
+
+    Args:
+        dtype: of activations and unpacked weights; default float32 on the CPU, else the checkpoint's.
+
+    Raises:
+        BadInput: not a model, a format version this release does not know, or tensors that do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve(str(folder))
+    config = read_config(path)
+    check_format(path, config)
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as err:
+        raise BadInput(f"{path}: cannot be loaded: {' '.join(str(err).split())[:300]}") from err
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(n) for n in info.get(problem) or ())
+        if names and (problem != "unexpected_keys" or is_compressed(config)):
+            raise BadInput(
+                f"{path}: {problem.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt"
+            )
+    return model.eval().to(device)
+
+
+def is_compressed(config: Any) -> bool:
+    """Whether the config is that of a folder this package wrote."""
+    return str(config.model_type).startswith(MODEL_TYPE_PREFIX)
+
+
+def check_format(path: Path, config: Any) -> None:
+    """BadInput unless the packed format is one this release reads."""
+    if not is_compressed(config):
+        return
+    version = dict(getattr(config, "quantization_config", None) or {}).get("format_version")
+    if version != FORMAT_VERSION:
+        raise BadInput(
+            f"{path}: packed format version {version!r}, this release reads {FORMAT_VERSION}; upgrade ptq-toolkit"
+        )
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        BadInput: no usable tokenizer files.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise BadInput(f"{folder}: no usable tokenizer: {' '.join(str(err).split())[:200]}") from err

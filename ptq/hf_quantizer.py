@@ -1,0 +1,84 @@
+"""transformers' quantizer plugin for the packed format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lowbit
+import torch
+from lowbit.attention import NAME as ATTENTION
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ptq.architectures import FAMILIES, Spec
+from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
+from ptq.kv import packed_kv_grids
+
+
+class PtqConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed checkpoint.
+
+    modules: full module name -> what the lowbit module is (`lowbit.modules`); softmax_bits, kv_bits: 16 for full precision.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, Any] | None = None,
+        softmax_bits: int = 16,
+        kv_bits: int = 16,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+    ):
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"packed format version {format_version!r}, this release of ptq-toolkit reads {FORMAT_VERSION}"
+            )
+        self.quant_method, self.format_version = QUANT_METHOD, format_version
+        self.softmax_bits, self.kv_bits, self.modules = softmax_bits, kv_bits, modules or {}
+
+
+class PtqQuantizer(HfQuantizer):
+    """Builds the lowbit modules before the weights are read, and the packed KV cache after."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Quantized probabilities need the attention function that quantizes them."""
+        if self.quantization_config.softmax_bits < 16:  # set only for families whose attention is pluggable
+            config._attn_implementation = ATTENTION
+        return config
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module_spec in self.quantization_config.modules.items():
+            owner, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(owner)
+            with torch.device("meta"):
+                new = lowbit.build(module_spec, getattr(parent, leaf))
+            setattr(parent, leaf, new)
+            if not parent._buffers:  # transformers would initialize missing weights of its children, which are packed
+                parent._is_hf_initialized = True
+        spec = spec_of(model.config)
+        for block in model.get_submodule(spec.blocks):
+            block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = self.quantization_config.softmax_bits
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != ATTENTION:
+            model.set_attn_implementation(ATTENTION)
+        grids = packed_kv_grids(model, spec_of(model.config), self.quantization_config.kv_bits)
+        if grids is not None:
+            from lowbit.cache import attach_packed_cache
+
+            attach_packed_cache(model, list(model.get_submodule(spec_of(model.config).blocks)), grids)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def spec_of(config: Any) -> Spec:
+    """The family's spec of a compressed model's config."""
+    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]

@@ -1,0 +1,32 @@
+"""What the result of a run depends on, as short strings: the ledger refuses to resume when one differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from ptq.calibration import Calibration
+from ptq.recipe import Recipe, fingerprint
+from ptq.source import Checkpoint
+
+
+def identity_of(recipe: Recipe, checkpoint: Checkpoint, calibration: Calibration, device: str) -> dict[str, str]:
+    """Recipe, model, calibration tokens, device and software of a run."""
+    import transformers
+
+    import ptq
+
+    # Headers, sizes and times stand for the contents: hashing the weights of a large model would cost minutes at every resume.
+    files = [[f["name"], f["bytes"], f["header_sha256"]] for f in checkpoint.files]
+    times = [path.stat().st_mtime_ns for path in sorted(set(checkpoint.where.values()))]
+    return {
+        "recipe": fingerprint(recipe),
+        "model": hashlib.sha256(json.dumps([files, times]).encode()).hexdigest(),
+        "calibration": calibration.fingerprint,
+        "device": device,
+        "ptq": ptq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

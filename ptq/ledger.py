@@ -1,0 +1,124 @@
+"""What makes a run resumable: a folder beside the output that always holds a consistent prefix of the work.
+
+After block i the folder holds the shards of blocks 0..i, the live activations that leave block i (recomputing them would not give the
+same bits), and a manifest that names both. The manifest is replaced last and atomically, so a run killed at any moment leaves the
+state of the last whole block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ptq.errors import BadInput
+
+MANIFEST = "ledger.json"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """JSON, whole or not at all."""
+    write_whole(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Safetensors on the CPU, whole or not at all."""
+    partial = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+    partial.replace(path)
+
+
+class Ledger:
+    """The folder OUT.partial of one run. `completed` blocks are done; `records` holds one JSON value a block."""
+
+    def __init__(self, folder: Path, identity: dict[str, str], completed: int, records: list[Any]):
+        self.folder, self.identity, self.completed, self.records = folder, identity, completed, records
+
+    @classmethod
+    def open(cls, out: Path, identity: dict[str, str], *, resume: bool) -> Ledger:
+        """Start a run in OUT.partial, or continue the one that is there.
+
+        Args:
+            identity: what the result depends on, name -> value (recipe, model, calibration tokens, software).
+
+        Raises:
+            BadInput: OUT exists; OUT.partial exists and `resume` is off; nothing to resume; or the run there differs.
+        """
+        folder = out.with_name(f"{out.name}.partial")
+        if out.exists():
+            raise BadInput(f"{out}: exists already; choose another --out or remove it")
+        if resume:
+            return cls._continue(folder, identity)
+        if folder.exists():
+            raise BadInput(f"{folder}: an unfinished run is there; continue it with --resume or remove the folder")
+        folder.mkdir(parents=True)
+        ledger = cls(folder, identity, 0, [])
+        ledger._save()
+        return ledger
+
+    @classmethod
+    def _continue(cls, folder: Path, identity: dict[str, str]) -> Ledger:
+        try:
+            state = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+            theirs, completed, records = dict(state["identity"]), int(state["completed"]), list(state["records"])
+        except FileNotFoundError as err:
+            raise BadInput(f"{folder}: no unfinished run to resume; leave --resume out") from err
+        except (ValueError, KeyError, TypeError, OSError) as err:
+            raise BadInput(f"{folder}/{MANIFEST}: cannot be read ({err}); remove {folder} and start again") from err
+        changed = [k for k in sorted(identity.keys() | theirs.keys()) if identity.get(k) != theirs.get(k)]
+        if changed:
+            what = "; ".join(f"{k} was {theirs.get(k)}, is {identity.get(k)}" for k in changed)
+            raise BadInput(f"{folder}: this is another run: {what}; repeat the same command or remove the folder")
+        return cls(folder, identity, completed, records)
+
+    def activations(self) -> list[torch.Tensor]:
+        """The hidden states that leave the last completed block, one [B, T, C] a micro-batch."""
+        tensors = load_file(self._activations(self.completed))
+        return [tensors[str(i)] for i in range(len(tensors))]
+
+    def start(self, states: list[torch.Tensor]) -> None:
+        """Keep the hidden states that enter block 0."""
+        write_tensors(self._activations(0), {str(i): x for i, x in enumerate(states)})
+        self._save()
+
+    def complete(self, states: list[torch.Tensor], record: Any) -> None:
+        """Block `completed` is done: its shard is written, `states` leave it, `record` describes it."""
+        write_tensors(self._activations(self.completed + 1), {str(i): x for i, x in enumerate(states)})
+        self.completed += 1
+        self.records.append(record)
+        self._save()
+        self._activations(self.completed - 1).unlink(missing_ok=True)
+
+    def started(self) -> bool:
+        """Whether the hidden states entering the next block are there."""
+        return self._activations(self.completed).is_file()
+
+    def finish(self, out: Path) -> None:
+        """Drop the state and let the output appear."""
+        for path in self.folder.glob("activations-*.safetensors"):
+            path.unlink()
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+        (self.folder / MANIFEST).unlink()
+        self.folder.rename(out)
+
+    def _activations(self, i: int) -> Path:
+        return self.folder / f"activations-{i:05d}.safetensors"
+
+    def _save(self) -> None:
+        state = {"identity": self.identity, "completed": self.completed, "records": self.records}
+        write_json(self.folder / MANIFEST, state)

@@ -1,0 +1,269 @@
+"""The recipe: frozen dataclasses that say everything about one run.
+
+A recipe is built from the command line, from YAML or from Python; the resolved copy is written into the output folder and its
+hash guards `--resume`. Presets carry the RPTQ paper's names (arXiv 2304.01089, section 4) and methods name the baselines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import BadInput
+
+WEIGHT_BITS = (2, 3, 4, 8, 16)
+ACTIVATION_BITS = (2, 3, 4, 5, 6, 8, 16)
+KV_BITS = (2, 3, 4, 8, 16)
+WEIGHT_SOLVERS = ("gptq", "rtn", "group4")
+ACTIVATION_GRIDS = ("cluster", "tensor", "token")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How weights are stored. `groups` is "cluster" (the input's clusters), "channel" (one grid a row) or a group size."""
+
+    bits: int = 16
+    groups: str | int = "cluster"
+    solver: str = "gptq"
+    damp: float = 0.01
+    act_order: bool = True
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bits per site; 16 leaves the site in full precision.
+
+    `bits` inputs of the output and down projections, `norm_bits` norm outputs, `q_bits` queries, `kv_bits` keys and values
+    (and so the cache), `softmax_bits` attention probabilities. `grid` is "cluster" (static, the method), "tensor" (static) or
+    "token" (dynamic).
+    """
+
+    bits: int = 16
+    norm_bits: int = 16
+    q_bits: int = 16
+    kv_bits: int = 16
+    softmax_bits: int = 16
+    grid: str = "cluster"
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Cluster counts at the sites R1..R5 (R2 and R3: per head). `tile` puts boundaries on whole tiles of so many channels."""
+
+    R1: int = 32
+    R2: int = 4
+    R3: int = 4
+    R4: int = 32
+    R5: int = 32
+    tile: int | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which text calibrates: `text` is a name, a file, or several joined by commas; windows of `seqlen` tokens."""
+
+    text: str = "bundled"
+    nsamples: int = 16
+    seqlen: int = 512
+    mode: str = "random"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, complete. `reorder` clusters and permutes channels; `smooth` is SmoothQuant's alpha, None for none."""
+
+    model: str = ""
+    method: str = "rptq"
+    preset: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    reorder: bool = True
+    smooth: float | None = None
+    weights: Weights = field(default_factory=Weights)
+    activations: Activations = field(default_factory=Activations)
+    clusters: Clusters = field(default_factory=Clusters)
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    version: int = 1
+
+
+def _bits(w: int, norm: int, q: int, kv: int, inputs: int, softmax: int) -> dict[str, dict[str, int]]:
+    return {
+        "weights": {"bits": w},
+        "activations": {"bits": inputs, "norm_bits": norm, "q_bits": q, "kv_bits": kv, "softmax_bits": softmax},
+    }
+
+
+# The paper's settings, spelled out per site: W4A4 keeps norm outputs and softmax at 8 bits; "KV" settings touch only keys and values.
+PRESETS: dict[str, dict[str, dict[str, int]]] = {
+    "W4A16": _bits(w=4, norm=16, q=16, kv=16, inputs=16, softmax=16),
+    "W4A8": _bits(w=4, norm=8, q=8, kv=8, inputs=8, softmax=8),
+    "W4A4": _bits(w=4, norm=8, q=4, kv=4, inputs=4, softmax=8),
+    "W4A4KV": _bits(w=4, norm=16, q=16, kv=4, inputs=16, softmax=16),
+    "W4A3KV": _bits(w=4, norm=16, q=16, kv=3, inputs=16, softmax=16),
+    "W3A3KV": _bits(w=3, norm=16, q=16, kv=3, inputs=16, softmax=16),
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "rptq": {},
+    "rtn": {"reorder": False, "weights": {"solver": "rtn", "groups": "channel"}, "activations": {"grid": "tensor"}},
+    "gptq": {"reorder": False, "weights": {"solver": "gptq", "groups": "channel"}, "activations": {"grid": "tensor"}},
+    "smoothquant": {
+        "reorder": False,
+        "smooth": 0.5,
+        "weights": {"solver": "rtn", "groups": "channel"},
+        "activations": {"grid": "tensor"},
+    },
+    "group4": {"reorder": False, "weights": {"solver": "group4"}, "activations": {"grid": "token"}},
+}
+
+METHOD_NOTES = {
+    "rptq": "reorder channels into clusters, one static grid a cluster, GPTQ weights (the method)",
+    "rtn": "round to nearest: weights per output channel, activations per tensor (or --act-grid token)",
+    "gptq": "GPTQ weights per output channel, activations per tensor (or --act-grid token)",
+    "smoothquant": "SmoothQuant, alpha 0.5, round-to-nearest weights, activations per tensor (or --act-grid token)",
+    "group4": "FlexGen's codec: 4 bits in groups of 64 for weights and, with --kv-bits 4, for keys and values",
+}
+
+
+def suggest(name: str, known) -> str:
+    """`" (did you mean 'x'?)"` or the list of what is known."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(map(str, known))})"
+
+
+def merge(base: Any, overrides: dict[str, Any], where: str = "recipe") -> Any:
+    """A copy of the dataclass `base` with `overrides` applied recursively. An unknown key is a BadInput with a suggestion."""
+    known = {f.name: getattr(base, f.name) for f in fields(base)}
+    changes = {}
+    for key, value in overrides.items():
+        if key not in known:
+            raise BadInput(f"{where}: unknown key {key!r}{suggest(key, known)}")
+        nested = dataclasses.is_dataclass(known[key])
+        if nested and not isinstance(value, dict):
+            raise BadInput(
+                f"{where}.{key}: expected a mapping with keys {', '.join(f.name for f in fields(known[key]))}, got {value!r}"
+            )
+        changes[key] = merge(known[key], value, f"{where}.{key}") if nested else value
+    return replace(base, **changes)
+
+
+def build(*, method: str = "rptq", preset: str | None = None, **overrides: Any) -> Recipe:
+    """A validated recipe: the method's defaults, then the preset's bits, then `overrides` (nested dicts).
+
+    Raises:
+        BadInput: unknown method, preset or key (with a suggestion), or a value outside its range.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise BadInput(f"unknown method {method!r}{suggest(method, METHODS)}")
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+        raise BadInput(f"unknown preset {preset!r}{suggest(preset, PRESETS)}")
+    recipe = merge(Recipe(method=method, preset=preset), METHODS[method])
+    if preset is not None:
+        recipe = merge(recipe, PRESETS[preset])
+    return check(merge(recipe, overrides))
+
+
+def _one_of(value: Any, allowed, where: str) -> None:
+    # 4.0 == 4 and True == 1, but neither is a number of bits
+    if isinstance(value, (bool, float)) or value not in allowed:
+        raise BadInput(f"{where}: {value!r} is not one of {', '.join(map(str, allowed))}")
+
+
+def _at_least(value: Any, least: int, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BadInput(f"{where}: {value!r} is not a whole number of at least {least}")
+
+
+def _share(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise BadInput(f"{where}: {value!r} is not a number between 0 and 1")
+
+
+def check(recipe: Recipe) -> Recipe:
+    """Return the recipe, or raise BadInput with the field, its value and what is allowed."""
+    w, a, c, cal = recipe.weights, recipe.activations, recipe.clusters, recipe.calibration
+    _one_of(recipe.version, (1,), "recipe.version")
+    _one_of(recipe.method, METHODS, "recipe.method")
+    _one_of(w.bits, WEIGHT_BITS, "weights.bits")
+    _one_of(w.solver, WEIGHT_SOLVERS, "weights.solver")
+    _one_of(a.grid, ACTIVATION_GRIDS, "activations.grid")
+    _one_of(a.kv_bits, KV_BITS, "activations.kv_bits")
+    for name in ("bits", "norm_bits", "q_bits", "softmax_bits"):
+        _one_of(getattr(a, name), ACTIVATION_BITS, f"activations.{name}")
+    for name in ("R1", "R2", "R3", "R4", "R5"):
+        _at_least(getattr(c, name), 1, f"clusters.{name}")
+    if c.tile is not None:
+        _one_of(c.tile, (32, 64, 128), "clusters.tile")
+    for name in ("nsamples", "seqlen"):
+        _at_least(getattr(cal, name), 1, f"calibration.{name}")
+    _one_of(cal.mode, ("random", "first"), "calibration.mode")
+    if w.groups not in ("cluster", "channel"):
+        _at_least(w.groups, 8, "weights.groups")
+    if w.solver == "group4" and w.bits not in (4, 16):
+        raise BadInput(f"weights.bits: method group4 stores 4 bits, not {w.bits}; use --wbits 4 or another method")
+    if recipe.method == "group4" and a.kv_bits not in (4, 16):
+        raise BadInput(f"activations.kv_bits: method group4 stores 4 bits, not {a.kv_bits}; use --kv-bits 4")
+    _share(w.damp, "weights.damp")
+    if w.damp in (0, 1):
+        raise BadInput(f"weights.damp: {w.damp!r} must lie inside 0 and 1, for instance 0.01")
+    if recipe.smooth is not None:
+        _share(recipe.smooth, "smooth")
+    _at_least(recipe.seed, 0, "seed")
+    switches = {
+        "reorder": recipe.reorder,
+        "weights.act_order": w.act_order,
+        "trust_remote_code": recipe.trust_remote_code,
+    }
+    for where, value in switches.items():
+        if not isinstance(value, bool):
+            raise BadInput(f"{where}: {value!r} is neither true nor false")
+    texts = {"model": recipe.model, "calibration.text": cal.text, "revision": recipe.revision or ""}
+    for where, value in texts.items():
+        if not isinstance(value, str):
+            raise BadInput(f"{where}: {value!r} is not text; put it in quotes")
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain nested dict, ready for YAML or JSON."""
+    return dataclasses.asdict(recipe)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 of the resolved recipe: two runs with the same recipe, model and calibration tokens write the same bytes."""
+    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def load_yaml(path: str | Path) -> Recipe:
+    """Read a recipe file. Keys as in `Recipe`; `method` and `preset` fill in what is not spelled out.
+
+    Raises:
+        BadInput: unreadable file, not a mapping, an unknown key or a bad value.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError) as err:
+        raise BadInput(f"recipe {path}: cannot be read: {err}") from err
+    except yaml.YAMLError as err:
+        raise BadInput(f"recipe {path}: not YAML: {' '.join(str(err).split())}") from err
+    if not isinstance(data, dict):
+        raise BadInput(f"recipe {path}: expected a mapping at the top, got {type(data).__name__}")
+    odd = [key for key in data if not isinstance(key, str)]
+    if odd:
+        raise BadInput(f"recipe {path}: unknown key {odd[0]!r}{suggest(odd[0], [f.name for f in fields(Recipe)])}")
+    return build(**{"method": "rptq", **data})
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)

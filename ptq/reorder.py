@@ -1,0 +1,123 @@
+"""Plan the permutations of a block and fold them in (RPTQ, arXiv 2304.01089, sections 3.3 and 3.4).
+
+R1, R4   norm's output gathered, consumers' columns permuted
+R2       rows of q and k, head by head; never under rotary embeddings or head norms
+R3       rows of v, columns of the output projection, one order per KV head shared by its query heads
+R5       rows of up (and gate), columns of down
+"""
+
+from __future__ import annotations
+
+import torch
+from lowbit.modules import Linear, Norm
+from torch import nn
+
+import rptq
+from ptq.architectures import Geometry, Spec
+from ptq.architectures.geometry import qkv_rows
+from ptq.errors import BadInput
+from ptq.recipe import Recipe
+from ptq.sites import InputSite, input_sites, norm_of
+
+Orders = dict[str, rptq.Order]
+
+
+def plan_orders(
+    ranges: dict[str, rptq.ChannelRange], recipe: Recipe, spec: Spec, geometry: Geometry, where: str
+) -> Orders:
+    """The order of every site that may be permuted, by name; "o" is R3 spelled out for the query heads.
+
+    Raises:
+        BadInput: more clusters than channels, with both numbers.
+    """
+    if not recipe.reorder:
+        return {}
+    groups = {"n_kv": geometry.kv_heads, "n_query_per_kv": geometry.heads // geometry.kv_heads}
+    orders: Orders = {}
+    try:
+        for site in input_sites(spec):
+            if site.name != "R3":
+                orders[site.name] = _site_order(ranges[site.name], getattr(recipe.clusters, site.name), recipe)
+        v_and_o = rptq.joint_features(ranges["v"], rptq.merge_query_groups(ranges["R3"], **groups))
+        orders["R3"] = _head_order(v_and_o, geometry, recipe.clusters.R3, recipe.seed)
+        orders["o"] = rptq.expand_to_query_groups(orders["R3"], **groups)
+        if spec.rotary is None and spec.head_norms is None:
+            q_and_k = rptq.joint_features(rptq.merge_query_groups(ranges["q"], **groups), ranges["k"])
+            orders["R2"] = _head_order(q_and_k, geometry, recipe.clusters.R2, recipe.seed)
+            orders["q"] = rptq.expand_to_query_groups(orders["R2"], **groups)
+    except ValueError as err:
+        raise BadInput(f"{where}: {err}; lower the count with --set clusters.R1=N (R1 to R5)") from err
+    return orders
+
+
+def _site_order(ranges: rptq.ChannelRange, n_clusters: int, recipe: Recipe) -> rptq.Order:
+    if recipe.clusters.tile is not None:
+        return rptq.tile_aligned_order(ranges, n_clusters, recipe.clusters.tile, bits=4)
+    return rptq.kmeans_order(rptq.range_features(ranges), n_clusters, seed=recipe.seed)
+
+
+def _head_order(features: torch.Tensor, geometry: Geometry, n_clusters: int, seed: int) -> rptq.Order:
+    by_head = features.view(geometry.kv_heads, geometry.head_dim, -1)  # [H D, F] -> [H, D, F]
+    return rptq.per_head_order(by_head, n_clusters, seed=seed)
+
+
+def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> None:
+    """Permute the block's full-precision weights in place; the block's function stays the same."""
+    q, k, v = qkv_rows(spec, geometry)
+    for site in input_sites(spec):
+        order = orders.get("o" if site.name == "R3" else site.name)
+        if order is not None:
+            _permute_input(block, site, order.perm)
+    if "R5" in orders:
+        for path in spec.up:
+            linear = block.get_submodule(path)
+            _permute_rows(linear, torch.arange(linear.out_features), orders["R5"].perm)
+    if "R3" in orders:
+        _permute_rows(block.get_submodule(v[0]), v[1], orders["R3"].perm)
+    if "R2" in orders:
+        _permute_rows(block.get_submodule(q[0]), q[1], orders["q"].perm)
+        _permute_rows(block.get_submodule(k[0]), k[1], orders["R2"].perm)
+
+
+def _permute_input(block: nn.Module, site: InputSite, perm: torch.Tensor) -> None:
+    norm = norm_of(block, site)
+    if norm is not None:
+        norm.permutation = perm.to(torch.int32)
+    for path in site.linears:
+        linear = block.get_submodule(path)
+        linear.weight = rptq.permute_columns(linear.weight, perm)
+
+
+def _permute_rows(linear: Linear, rows: torch.Tensor, perm: torch.Tensor) -> None:
+    rows = rows.to(perm.device)
+    source = torch.arange(linear.out_features, device=perm.device)
+    source[rows] = rows[perm]
+    linear.weight, linear.bias = rptq.permute_rows(linear.weight, linear.bias, source)
+
+
+def smooth(
+    block: nn.Module, spec: Spec, ranges: dict[str, rptq.ChannelRange], alpha: float
+) -> dict[str, rptq.ChannelRange]:
+    """SmoothQuant (arXiv 2211.10438, eq. 4) at the norm sites: norm / s, consumers' columns * s. Returns the new ranges."""
+    smoothed = dict(ranges)
+    for site in input_sites(spec):
+        norm = norm_of(block, site)
+        if norm is None or norm.weight is None:
+            continue
+        linears = [block.get_submodule(path) for path in site.linears]
+        weight_max = torch.stack([linear.weight.float().abs().amax(0) for linear in linears]).amax(0)  # [L, C] -> [C]
+        s = rptq.smooth_factors(ranges[site.name], weight_max, alpha=alpha)
+        _divide_norm(norm, s)
+        for linear in linears:
+            linear.weight = (linear.weight.float() * s).to(linear.weight.dtype)
+        smoothed[site.name] = rptq.ChannelRange(ranges[site.name].min / s, ranges[site.name].max / s)
+    return smoothed
+
+
+def _divide_norm(norm: Norm, s: torch.Tensor) -> None:
+    """Fold 1 / s into the norm, rounded to the dtype it is stored in, so that what is measured next is what is saved."""
+    one = 1.0 if norm.kind == "rmsnorm_plus_one" else 0.0
+    if norm.weight is not None:
+        norm.weight = ((norm.weight.float() + one) / s - one).to(norm.weight.dtype)
+    if norm.bias is not None:
+        norm.bias = (norm.bias.float() / s).to(norm.bias.dtype)

@@ -1,0 +1,144 @@
+"""The sites of a block: where activations are measured, reordered and quantized.
+
+Input sites R1, R3, R4, R5 are the inputs of linears; q, k, v are the projections' outputs (R2 permutes q and k together). The names
+are RPTQ's (arXiv 2304.01089, section 3.4); HOUSE words: a site is a place where an activation is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lowbit.modules import Linear, Norm
+from torch import nn
+
+import rptq
+from ptq.architectures import FusedQKV, Geometry, Spec
+from ptq.architectures.geometry import qkv_rows
+from ptq.errors import NumericalFailure
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """One input shared by `linears`, made by `norm` (or by the block's own arithmetic when None)."""
+
+    name: str
+    linears: tuple[str, ...]
+    norm: str | None
+
+
+@dataclass(frozen=True)
+class OutputSite:
+    """q, k or v: `rows` of the output of `module` (a linear, or a head norm whose channels are one head's)."""
+
+    name: str
+    module: str
+    rows: torch.Tensor
+
+
+def input_sites(spec: Spec) -> tuple[InputSite, ...]:
+    """R1, R3, R4, R5 in the order a block computes them; a parallel block's one norm feeds R1 only."""
+    qkv = (spec.qkv.module,) if isinstance(spec.qkv, FusedQKV) else spec.qkv
+    attention, down = InputSite("R3", (spec.output,), None), InputSite("R5", (spec.down,), None)
+    if spec.mlp_norm is None:
+        return (InputSite("R1", (*qkv, *spec.up), spec.attention_norm), attention, down)
+    mlp = InputSite("R4", spec.up, spec.mlp_norm)
+    return (InputSite("R1", qkv, spec.attention_norm), attention, mlp, down)
+
+
+def output_sites(spec: Spec, geometry: Geometry) -> tuple[OutputSite, ...]:
+    """q, k, v: where each is last seen before the rotary embedding."""
+    sites = [OutputSite(name, path, rows) for name, (path, rows) in zip("qkv", qkv_rows(spec, geometry))]
+    for i, path in enumerate(spec.head_norms or ()):
+        sites[i] = OutputSite(sites[i].name, path, torch.arange(geometry.head_dim))
+    return tuple(sites)
+
+
+@dataclass
+class Statistics:
+    """What one pass over a block measured: channel ranges by site name, H = sum x x^T (float32 [C, C]) by input site."""
+
+    ranges: dict[str, rptq.ChannelRange]
+    H: dict[str, torch.Tensor]
+    tokens: int = 0
+
+
+class _LastInput(Exception):
+    """The block's last linear has shown its input; its output is not needed for statistics."""
+
+
+def collect(
+    block: nn.Module,
+    spec: Spec,
+    geometry: Geometry,
+    forward: Callable[[], None],
+    *,
+    ranges: bool,
+    hessians: bool,
+    where: str,
+) -> Statistics:
+    """Run `forward` (which calls the block once a micro-batch, through `calling`) and measure.
+
+    H is taken from inputs as the linears use them: where a linear quantizes its input, the quantized one.
+
+    Raises:
+        NumericalFailure: NaN or infinite activations, with the block and site.
+    """
+    found = Statistics({}, {})
+    handles = []
+
+    def see(name: str, x: torch.Tensor) -> None:
+        try:
+            found.ranges[name] = rptq.update(found.ranges.get(name), x)
+        except ValueError as err:
+            raise NumericalFailure(f"{where}, site {name}: {err}") from err
+
+    def on_input(site: InputSite, linear: Linear):
+        def hook(_, args):
+            x = args[0]
+            if ranges:
+                see(site.name, x)
+            if hessians:
+                quantized = x if linear.input_quantizer is None else linear.input_quantizer(x)
+                _accumulate(found.H, site.name, quantized)
+            if site.name == "R5":
+                raise _LastInput
+
+        return hook
+
+    def on_output(site: OutputSite):
+        return lambda _, args, y: see(site.name, y[..., site.rows.to(y.device)])
+
+    for site in input_sites(spec):
+        linear = block.get_submodule(site.linears[0])
+        handles.append(linear.register_forward_pre_hook(on_input(site, linear)))
+    if ranges:
+        for out in output_sites(spec, geometry):
+            handles.append(block.get_submodule(out.module).register_forward_hook(on_output(out)))
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def until_last_input(run: Callable[[], object]) -> None:
+    """Call `run`, stopping where the block's last linear is reached."""
+    try:
+        run()
+    except _LastInput:
+        pass
+
+
+def _accumulate(H: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
+    tokens = x.reshape(-1, x.shape[-1]).float()  # [..., C] -> [T, C]
+    if name not in H:
+        H[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+    H[name].addmm_(tokens.T, tokens)
+
+
+def norm_of(block: nn.Module, site: InputSite) -> Norm | None:
+    """The norm module that makes the site's input, if one does."""
+    return None if site.norm is None else block.get_submodule(site.norm)

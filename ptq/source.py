@@ -1,0 +1,163 @@
+"""Open a model folder or hub id: config, and tensors read one at a time from safetensors.
+
+Nothing in a checkpoint is trusted: shard names must be plain file names inside the folder, headers are checked against the
+file sizes, weights must be finite, and pickled weights are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ptq.errors import BadInput
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a config and safetensors; `where` maps a tensor's name to its file."""
+
+    folder: Path
+    config: Any
+    where: dict[str, Path]
+    files: tuple[dict[str, Any], ...]
+
+    def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Tensors by name, floating ones cast to `dtype` if given.
+
+        Raises:
+            BadInput: a name that is not there, an unreadable file, or NaN or infinite weights (with their count).
+        """
+        out = {}
+        for name in names:
+            if name not in self.where:
+                raise BadInput(f"{self.folder}: tensor {name} is missing from the safetensors files")
+            try:
+                with safe_open(self.where[name], framework="pt") as f:
+                    tensor = f.get_tensor(name)
+            except (SafetensorError, OSError) as err:
+                raise BadInput(f"{self.where[name]}: cannot read {name}: {err}; fetch the file again") from err
+            if tensor.is_floating_point():
+                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+                if bad:
+                    raise BadInput(f"{self.where[name]}: {name} has {bad} NaN or infinite of {tensor.numel()} weights")
+                tensor = tensor if dtype is None else tensor.to(dtype)
+            out[name] = tensor
+        return out
+
+
+def resolve(model: str, *, revision: str | None = None, offline: bool = False) -> Path:
+    """The local folder of `model`: the folder itself, or the hub snapshot of an id.
+
+    Raises:
+        BadInput: neither a folder nor a hub id that can be had.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise BadInput(f"{model}: not a model folder (a folder with config.json and *.safetensors)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise BadInput(f"{model}: no such folder, and the hub gave: {reason}") from err
+
+
+def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Read the config and every safetensors header of `folder`.
+
+    Raises:
+        BadInput: no config, no safetensors, a truncated or corrupt file, or a checkpoint that is already quantized.
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method", "unknown method")
+        raise BadInput(f"{folder}: already quantized ({method}); give the full-precision checkpoint")
+    where, files = {}, []
+    for path in _shards(folder):
+        header, facts = _header(path)
+        files.append(facts)
+        for name in header:
+            if name in where:
+                raise BadInput(f"{folder}: tensor {name} is in both {where[name].name} and {path.name}")
+            where[name] = path
+    return Checkpoint(folder, config, where, tuple(files))
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder; remote code runs only when asked for."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder}: no config.json, so not a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as err:
+        from ptq.errors import UnsupportedModel
+
+        reason = " ".join(str(err).split())
+        unknown = "model type" in reason or "trust_remote_code" in reason
+        raise (UnsupportedModel if unknown else BadInput)(f"{folder}/config.json: {reason[:300]}") from err
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as err:
+            raise BadInput(f"{index}: not a safetensors index: {err}") from err
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise BadInput(f"{index}: shard name {name!r} is not a plain *.safetensors file name")
+    elif (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    else:
+        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        found = (
+            f"found {', '.join(other[:3])}: pickled weights are refused, convert them to safetensors"
+            if other
+            else "found none"
+        )
+        raise BadInput(f"{folder}: needs model.safetensors or {INDEX}; {found}")
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        raise BadInput(
+            f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); fetch the checkpoint again"
+        )
+    return [folder / n for n in names]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if not 0 < length <= size - 8:
+            raise BadInput(
+                f"{path}: not a safetensors file or truncated (header of {length} in {size} bytes); fetch it again"
+            )
+        raw = f.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, AttributeError, TypeError) as err:
+        raise BadInput(f"{path}: corrupt safetensors header: {err}") from err
+    if end + 8 + length != size:
+        raise BadInput(f"{path}: truncated: {size} bytes, its header promises {end + 8 + length}; fetch the file again")
+    return header, {"name": path.name, "bytes": size, "header_sha256": hashlib.sha256(raw).hexdigest()}
