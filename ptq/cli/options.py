@@ -1,0 +1,97 @@
+"""Options and small steps that several verbs share. Nothing heavy at the top: `ptq --help` reads this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import BadInput
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:N")
+
+
+def add_offline(parser: argparse.ArgumentParser) -> None:
+    """--offline."""
+    parser.add_argument("--offline", action="store_true", help="no network: only local files and the hub's cache")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", metavar="FILE|-", help="write the result as JSON to a file, or to stdout with -")
+
+
+def add_loudness(parser: argparse.ArgumentParser) -> None:
+    """-v and -q."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("-v", "--verbose", action="store_true", help="say more")
+    either.add_argument("-q", "--quiet", action="store_true", help="say nothing but the result and errors")
+
+
+def set_environment(args: argparse.Namespace) -> None:
+    """Switches that the Hugging Face libraries read when they are imported, so before any of them is."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # otherwise loading a .bin repository asks an online bot to convert it
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    if getattr(args, "quiet", False) or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if getattr(args, "offline", False):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+
+def model_folder(path: str) -> Path:
+    """The path, if a model lies there. Raises BadInput otherwise."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BadInput(f"{path}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{path}: not a model folder: it has no config.json")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises BadInput when it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as err:
+        raise BadInput(f"{path}: not JSON: {err}") from err
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(target: str, value: Any) -> None:
+    """Write `value` to the file `target`, or to stdout when `target` is "-"."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", encoding="utf8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as err:
+        raise BadInput(f"--json {target}: cannot be written: {err.strerror}") from err
+
+
+def table(rows: list[list[str]], *, right: tuple[int, ...] = ()) -> str:
+    """Rows as aligned text; the first is the heading. Columns in `right` are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = ([c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
