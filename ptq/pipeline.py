@@ -51,6 +51,7 @@ def compress(
         BadInput, UnsupportedModel, NumericalFailure: see their messages; `out` is then not there, OUT.partial may be.
     """
     started = time.monotonic()
+    target = torch.device(pick_device(device))
     folder = resolve(recipe.model, revision=recipe.revision, offline=offline)
     checkpoint = open_checkpoint(folder, trust_remote_code=recipe.trust_remote_code)
     model = skeleton(checkpoint, trust_remote_code=recipe.trust_remote_code)
@@ -58,7 +59,6 @@ def compress(
     model.set_attn_implementation(attention_for(recipe, spec))
     names = tensor_names(model, spec, checkpoint)
     calibration = calibrate(recipe, checkpoint, offline=offline)
-    target = torch.device(pick_device(device))
     ledger = Ledger.open(out, identity_of(recipe, checkpoint, calibration, target.type), resume=resume)
     writer = Writer(ledger.folder, checkpoint, spec, recipe, blocks=len(model.get_submodule(spec.blocks)))
 

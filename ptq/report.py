@@ -13,7 +13,7 @@ from torch import nn
 from ptq.architectures import Spec
 from ptq.calibration import Calibration
 from ptq.recipe import Recipe, to_dict
-from ptq.source import Checkpoint
+from ptq.source import Checkpoint, commit_of, license_of
 
 SCHEMA_VERSION = 1
 
@@ -47,9 +47,9 @@ def build_report(
         },
         "base_model": {
             "source": recipe.model,
-            "revision": recipe.revision,
+            "revision": commit_of(checkpoint.folder) or recipe.revision,
             "model_type": checkpoint.config.model_type,
-            "license": None,
+            "license": license_of(checkpoint.folder),
             "files": list(checkpoint.files),
         },
         "recipe": to_dict(recipe),
@@ -68,7 +68,7 @@ def build_report(
         "coverage": _coverage(model, compressed, modules),
         "bits": {
             "weights_effective": _effective_bits(modules, records),
-            "kv_bits_effective": float(recipe.activations.kv_bits) if recipe.activations.kv_bits < 16 else None,
+            "kv_bits_effective": _kv_bits(recipe),
         },
         "sizes": {
             "source_bytes": sum(f["bytes"] for f in checkpoint.files),
@@ -96,6 +96,14 @@ def _effective_bits(modules: list[dict[str, Any]], records: list[dict[str, Any]]
         32 * s["channels"] for r in records for s in r["sites"] if s["site"] in ("R1", "R4") and s["permuted"]
     )
     return (stored + permutations) / weights
+
+
+def _kv_bits(recipe: Recipe) -> float | None:
+    """Bits a cached value: static grids cost nothing a token, FlexGen's codec a float16 scale and minimum in 64."""
+    bits = recipe.activations.kv_bits
+    if bits == 16:
+        return None
+    return bits + 32 / 64 if recipe.method == "group4" else float(bits)
 
 
 def _warnings(recipe: Recipe, spec: Spec, modules: list[dict[str, Any]]) -> list[str]:

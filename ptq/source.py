@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ptq.errors import BadInput
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md", "*.py"]
 INDEX = "model.safetensors.index.json"
 
 
@@ -75,6 +75,27 @@ def resolve(model: str, *, revision: str | None = None, offline: bool = False) -
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise BadInput(f"{model}: no such folder, and the hub gave: {reason}") from err
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a hub snapshot (the cache names its folder so), None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that a folder's model card declares in its YAML header, None if it declares none."""
+    import yaml
+
+    card = folder / "README.md"
+    parts = card.read_text(encoding="utf8", errors="replace").split("---", 2) if card.is_file() else []
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    found = header.get("license") if isinstance(header, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpoint:
