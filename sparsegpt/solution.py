@@ -18,7 +18,8 @@ class Solution:
 
     codes: uint8 [R, C]. grid: its WeightGrid. weight: float32 [R, C], exactly dequantize(codes, grid).
     loss: ||(W - weight) V||_F^2 over live channels, which is tr((W - weight)(H + lambda I)(W - weight)^T): damping is
-    included, units are those of H. relative_error: loss / ||W V||_F^2, 0 for W = 0. Both None when no factor was given.
+    included, units are those of H. relative_error: loss / ||W V||_F^2, 0 for W = 0,
+    over evenly spaced rows where there are more than 2048. Both None when no factor was given.
     """
 
     codes: Tensor

@@ -14,6 +14,8 @@ from sparsegpt.solution import Solution, by_step, energy, relative
 
 # Columns that see each other's error at once; those further right in the block get one matrix product per SPAN columns.
 SPAN = 16
+# The reference of the relative error costs as much as the sweep's own products; above twice this many rows, every n-th will do.
+REFERENCE_ROWS = 1024
 
 
 def solve(
@@ -39,18 +41,20 @@ def solve(
     if C != factor.order.numel():
         raise ValueError(f"W has {C} columns, the factor {factor.order.numel()}: both must read one input")
     columns = by_step(W, factor)  # [C, R], turns from W into D = W - W_hat block by block
-    reference = energy(columns, factor)
+    sampled = slice(None, None, max(1, R // REFERENCE_ROWS))
+    reference = energy(columns[:, sampled], factor)
     codes = torch.empty(C, R, dtype=torch.uint8, device=W.device)
-    loss = torch.zeros((), dtype=torch.float64, device=W.device)
+    loss = torch.zeros(R, dtype=torch.float64, device=W.device)
     for start in range(0, C, update_block):
         loss += _solve_block(columns, codes, slice(start, min(start + update_block, C)), factor, grid)
     del columns
     codes = codes[torch.argsort(factor.order)].t().contiguous()  # [C, R] by step -> [R, C] by channel
-    return Solution(codes, grid, dequantize(codes, grid), loss.item(), relative(loss.item(), reference))
+    error = relative(loss[sampled].sum().item(), reference)
+    return Solution(codes, grid, dequantize(codes, grid), loss.sum().item(), error)
 
 
 def _solve_block(columns: Tensor, codes: Tensor, block: slice, factor: Factor, grid: WeightGrid) -> Tensor:
-    """Finish one block of `columns` and `codes` in place; return its share of ||D V||_F^2 as float64."""
+    """Finish one block of `columns` and `codes` in place; return each row's share of ||D V||_F^2, float64 [R]."""
     V = factor.V[block, block]
     U = torch.linalg.solve_triangular(V, torch.eye(V.shape[0], dtype=V.dtype, device=V.device), upper=True)
     channels = factor.order[block]
@@ -67,7 +71,7 @@ def _solve_block(columns: Tensor, codes: Tensor, block: slice, factor: Factor, g
     codes[block] = levels + zero
     columns[block] -= levels.mul_(scale)
     weight = V.diagonal().double().square() * ~factor.dead[channels]
-    return weight @ errors.square_().sum(1, dtype=torch.float64)
+    return weight @ errors.square_().double()
 
 
 def _sweep(W1: Tensor, steps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

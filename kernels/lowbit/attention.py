@@ -23,7 +23,7 @@ def quantize_probabilities(probabilities: Tensor, bits: int) -> Tensor:
     if not 2 <= bits <= 8:
         raise ValueError(f"softmax_bits is {bits}; set 2 to 8, or {UNQUANTIZED_BITS} for full precision")
     levels = 2**bits - 1
-    return (probabilities * levels).round() / levels
+    return (probabilities * levels).round_().div_(levels)
 
 
 def _causal_mask(scores: Tensor) -> Tensor:

@@ -231,3 +231,12 @@ def test_bad_arguments_raise():
         round_to_nearest(torch.ones(2, 5), sizes=sizes, bits=4, factor=f)
     with pytest.raises(ValueError, match="update_block"):
         solve(torch.ones(2, 4), f, sizes=torch.tensor([4]), bits=4, update_block=0)
+
+
+def test_relative_error_of_many_rows_is_that_of_evenly_spaced_ones():
+    W, H = layer(4096, 8)
+    result = solve(W, factor(H), sizes=torch.tensor([8]), bits=4)
+    some, hat = W[::4], result.weight[::4]
+    expected = layer_loss(some, hat, damped(H)) / layer_loss(some, 0 * some, damped(H))
+    assert result.relative_error == pytest.approx(expected, rel=1e-4)
+    assert result.loss == pytest.approx(layer_loss(W, result.weight, damped(H)), rel=1e-4)
