@@ -58,8 +58,8 @@ def cut_tail(text, n_bytes):
         size += len(paragraphs[first].encode()) + 2
     if size < n_bytes:
         raise ValueError(f"text of {len(text.encode())} bytes cannot spare its last {n_bytes}; give more text")
-    join = lambda parts: "\n\n".join(parts).strip("\n") + "\n"
-    return join(paragraphs[:first]), join(paragraphs[first:])
+    head, tail = ("\n\n".join(part).strip("\n") + "\n" for part in (paragraphs[:first], paragraphs[first:]))
+    return head, tail
 
 
 def split_text(text):
