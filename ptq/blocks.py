@@ -11,7 +11,7 @@ from lowbit.modules import Linear, Norm
 from torch import nn
 
 from ptq.architectures import FusedQKV, Spec
-from ptq.errors import BadInput
+from ptq.errors import BadInput, UnsupportedModel
 from ptq.source import Checkpoint
 
 
@@ -28,12 +28,20 @@ class _LastBlock(Exception):
 
 
 def skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.Module:
-    """The model with meta parameters (no memory) and real buffers such as rotary frequencies."""
+    """The model with meta parameters (no memory) and real buffers such as rotary frequencies.
+
+    Raises:
+        UnsupportedModel: transformers has no causal language model for the config.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
+    except ValueError as err:
+        reason = f"{checkpoint.config.model_type!r} is no causal language model for transformers"
+        raise UnsupportedModel(f"{checkpoint.folder}: {reason}: {' '.join(str(err).split())[:200]}") from err
     return model.eval()
 
 
@@ -48,10 +56,13 @@ def tensor_names(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> dict[s
     prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     names = {}
-    for name in model.state_dict():
+    for name, tensor in model.state_dict().items():
         older = next((old + name.removeprefix(new) for new, old in spec.renamed if name.startswith(new)), name)
         found = next((n for n in (name, name.removeprefix(prefix), older) if n in checkpoint.where), None)
         if found is not None:
+            if checkpoint.shapes[found] != tensor.shape:
+                has, wants = list(checkpoint.shapes[found]), list(tensor.shape)
+                raise BadInput(f"{checkpoint.folder}: {found} is {has}, the config says {wants}")
             names[name] = found
         elif name not in tied:
             raise BadInput(f"{checkpoint.folder}: tensor {name} is missing from the safetensors files")
@@ -59,20 +70,12 @@ def tensor_names(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> dict[s
 
 
 def fill(module: nn.Module, prefix: str, names: dict[str, str], checkpoint: Checkpoint, *, device, dtype=None) -> None:
-    """Give `module` its tensors from the checkpoint, floating ones cast to `dtype` if given.
-
-    Raises:
-        BadInput: a tensor whose shape is not the model's.
-    """
-    for local, parameter in list(module.named_parameters(remove_duplicate=False)):
+    """Give `module` its tensors from the checkpoint, floating ones cast to `dtype` if given."""
+    for local, _ in list(module.named_parameters(remove_duplicate=False)):
         full = f"{prefix}.{local}" if prefix else local
         if full not in names:
             continue
         tensor = checkpoint.read([names[full]], dtype)[names[full]]
-        if tensor.shape != parameter.shape:
-            raise BadInput(
-                f"{checkpoint.folder}: {names[full]} is {list(tensor.shape)}, the config says {list(parameter.shape)}"
-            )
         owner, _, leaf = local.rpartition(".")
         module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
 

@@ -18,12 +18,13 @@ from torch import nn
 
 import rptq
 from ptq.architectures import Spec
+from ptq.consistency import check_packed
 from ptq.errors import BadInput
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.ledger import write_json, write_tensors, write_whole
 from ptq.recipe import Recipe, dump_yaml
 from ptq.reorder import Orders
-from ptq.source import INDEX, Checkpoint, read_config, resolve
+from ptq.source import INDEX, Checkpoint, read_config, read_headers, resolve
 
 # What belongs beside the weights; everything else in a source folder stays where it is.
 COMPANIONS = (
@@ -85,13 +86,7 @@ class Writer:
         for name in COMPANIONS:
             if (self.checkpoint.folder / name).is_file():
                 shutil.copyfile(self.checkpoint.folder / name, self.folder / name)
-        ranges: dict[str, torch.Tensor] = {}
-        for i in range(self.blocks):
-            with safe_open(self._ranges(i), framework="pt") as f:
-                ranges |= {name: f.get_tensor(name) for name in f.keys()}
-        write_tensors(self.folder / RANGES, ranges)
-        for i in range(self.blocks):
-            self._ranges(i).unlink()
+        self._join_ranges()
         write_whole(self.folder / "recipe.yaml", dump_yaml(self.recipe).encode())
         write_json(self.folder / "report.json", report)
         write_whole(self.folder / "README.md", card.encode())
@@ -102,6 +97,16 @@ class Writer:
 
     def _ranges(self, i: int) -> Path:
         return self.folder / f"ranges-{i:05d}.safetensors"
+
+    def _join_ranges(self) -> None:
+        if not (self.folder / RANGES).is_file():  # a finish that was killed may have removed the parts already
+            ranges: dict[str, torch.Tensor] = {}
+            for i in range(self.blocks):
+                with safe_open(self._ranges(i), framework="pt") as f:
+                    ranges |= {name: f.get_tensor(name) for name in f.keys()}
+            write_tensors(self.folder / RANGES, ranges)
+        for i in range(self.blocks):
+            self._ranges(i).unlink(missing_ok=True)
 
     def _write_index(self) -> None:
         weight_map, total = {}, 0
@@ -139,13 +144,19 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     path = resolve(str(folder))
     config = read_config(path)
     check_format(path, config)
+    read_headers(path)
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, RuntimeError, ValueError) as err:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise BadInput(f"{path}: cannot be loaded: {' '.join(str(err).split())[:300]}") from err
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(n) for n in info.get(problem) or ())
@@ -153,6 +164,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
             raise BadInput(
                 f"{path}: {problem.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt"
             )
+    check_packed(model, path)
     return model.eval().to(device)
 
 

@@ -20,10 +20,11 @@ def identity_of(recipe: Recipe, checkpoint: Checkpoint, calibration: Calibration
 
     # Headers, sizes and times stand for the contents: hashing the weights of a large model would cost minutes at every resume.
     files = [[f["name"], f["bytes"], f["header_sha256"]] for f in checkpoint.files]
+    config = (checkpoint.folder / "config.json").read_text(encoding="utf8")
     times = [path.stat().st_mtime_ns for path in sorted(set(checkpoint.where.values()))]
     return {
         "recipe": fingerprint(recipe),
-        "model": hashlib.sha256(json.dumps([files, times]).encode()).hexdigest(),
+        "model": hashlib.sha256(json.dumps([files, times, config]).encode()).hexdigest(),
         "calibration": calibration.fingerprint,
         "device": device,
         "ptq": ptq.__version__,

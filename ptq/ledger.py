@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ptq.errors import BadInput
@@ -39,6 +40,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Safetensors on the CPU, whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
+    with partial.open("rb+") as f:  # the manifest that names this file must not reach the disk before it
+        os.fsync(f.fileno())
     partial.replace(path)
 
 
@@ -50,7 +53,7 @@ class Ledger:
 
     @classmethod
     def open(cls, out: Path, identity: dict[str, str], *, resume: bool) -> Ledger:
-        """Start a run in OUT.partial, or continue the one that is there.
+        """Start a run in OUT.partial (made by `entering`), or continue the one that is there.
 
         Args:
             identity: what the result depends on, name -> value (recipe, model, calibration tokens, software).
@@ -65,10 +68,7 @@ class Ledger:
             return cls._continue(folder, identity)
         if folder.exists():
             raise BadInput(f"{folder}: an unfinished run is there; continue it with --resume or remove the folder")
-        folder.mkdir(parents=True)
-        ledger = cls(folder, identity, 0, [])
-        ledger._save()
-        return ledger
+        return cls(folder, identity, 0, [])
 
     @classmethod
     def _continue(cls, folder: Path, identity: dict[str, str]) -> Ledger:
@@ -76,7 +76,8 @@ class Ledger:
             state = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
             theirs, completed, records = dict(state["identity"]), int(state["completed"]), list(state["records"])
         except FileNotFoundError as err:
-            raise BadInput(f"{folder}: no unfinished run to resume; leave --resume out") from err
+            mend = f"remove {folder} and leave --resume out" if folder.exists() else "leave --resume out"
+            raise BadInput(f"{folder}: no unfinished run to resume; {mend}") from err
         except (ValueError, KeyError, TypeError, OSError) as err:
             raise BadInput(f"{folder}/{MANIFEST}: cannot be read ({err}); remove {folder} and start again") from err
         changed = [k for k in sorted(identity.keys() | theirs.keys()) if identity.get(k) != theirs.get(k)]
@@ -85,14 +86,28 @@ class Ledger:
             raise BadInput(f"{folder}: this is another run: {what}; repeat the same command or remove the folder")
         return cls(folder, identity, completed, records)
 
-    def activations(self) -> list[torch.Tensor]:
-        """The hidden states that leave the last completed block, one [B, T, C] a micro-batch."""
-        tensors = load_file(self._activations(self.completed))
-        return [tensors[str(i)] for i in range(len(tensors))]
+    def entering(self, first: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The hidden states that enter the next block, one [B, T, C] a micro-batch: `first`, kept here, for block 0.
 
-    def start(self, states: list[torch.Tensor]) -> None:
-        """Keep the hidden states that enter block 0."""
-        write_tensors(self._activations(0), {str(i): x for i, x in enumerate(states)})
+        Raises:
+            BadInput: the folder cannot be made, or the states of a run to resume cannot be read.
+        """
+        path = self._activations(self.completed)
+        if self.completed == 0 and not path.is_file():
+            self._make()
+            write_tensors(path, {str(i): x for i, x in enumerate(first)})
+            return first
+        try:
+            tensors = load_file(path)
+            return [tensors[str(i)] for i in range(len(tensors))]
+        except (SafetensorError, OSError, KeyError) as err:
+            raise BadInput(f"{path}: cannot be read ({err}); remove {self.folder} and start again") from err
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as err:
+            raise BadInput(f"{self.folder}: cannot be made ({err.strerror}); choose another --out") from err
         self._save()
 
     def complete(self, states: list[torch.Tensor], record: Any) -> None:
@@ -103,18 +118,14 @@ class Ledger:
         self._save()
         self._activations(self.completed - 1).unlink(missing_ok=True)
 
-    def started(self) -> bool:
-        """Whether the hidden states entering the next block are there."""
-        return self._activations(self.completed).is_file()
-
     def finish(self, out: Path) -> None:
         """Drop the state and let the output appear."""
         for path in self.folder.glob("activations-*.safetensors"):
             path.unlink()
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
-        (self.folder / MANIFEST).unlink()
         self.folder.rename(out)
+        (out / MANIFEST).unlink()  # last: without it a run killed before the rename could not be resumed
 
     def _activations(self, i: int) -> Path:
         return self.folder / f"activations-{i:05d}.safetensors"

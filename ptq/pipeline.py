@@ -56,7 +56,7 @@ def compress(
     checkpoint = open_checkpoint(folder, trust_remote_code=recipe.trust_remote_code)
     model = skeleton(checkpoint, trust_remote_code=recipe.trust_remote_code)
     spec = spec_for(checkpoint.config, model)
-    model.set_attn_implementation(attention_for(recipe, spec))
+    model.set_attn_implementation(attention_for(recipe, spec, model))
     names = tensor_names(model, spec, checkpoint)
     calibration = calibrate(recipe, checkpoint, offline=offline)
     ledger = Ledger.open(out, identity_of(recipe, checkpoint, calibration, target.type), resume=resume)
@@ -66,10 +66,8 @@ def compress(
     states, calls = record_calls(
         model, spec, names, checkpoint, batches, device=target, dtype=compute_dtype(checkpoint, target)
     )
-    if ledger.started():
-        states = ledger.activations()
-    else:
-        ledger.start(states)
+    if ledger.completed < writer.blocks:
+        states = ledger.entering(states)
     run = Run(recipe, checkpoint, model, spec, geometry_of(checkpoint.config, spec), names, target, calls)
     for i in progress.track(range(ledger.completed, writer.blocks), start=ledger.completed):
         states, record = compress_block(run, i, states, writer)
@@ -102,20 +100,21 @@ def compress_block(
     prefix = f"{spec.blocks}.{i}"
     block = load_block(run.model, spec, i, run.names, run.checkpoint, device=run.device)
     wants_h = recipe.weights.bits < 16 and recipe.weights.solver == "gptq"
-    quantizes_inputs = min(recipe.activations.bits, recipe.activations.norm_bits) < 16
+    a = recipe.activations
+    quantizes = min(a.bits, a.norm_bits, a.q_bits, a.kv_bits, a.softmax_bits) < 16
 
     def passes() -> None:
         for x in states:
             until_last_input(lambda x=x: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]))
 
-    # Without input quantizers the inputs do not change between the passes, so one pass gives ranges and H.
-    one_pass = wants_h and not quantizes_inputs and not recipe.smooth
+    # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
+    one_pass = wants_h and not quantizes and recipe.smooth is None
     found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix)
-    orders = reorder.plan_orders(found.ranges, recipe, spec, geometry, prefix)
-    reorder.fold_orders(block, spec, geometry, orders)
     ranges = found.ranges
-    if recipe.smooth is not None:
+    if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
         ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
+    orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
+    reorder.fold_orders(block, spec, geometry, orders)
     try:
         sites = quantizers.attach(block, spec, geometry, recipe, ranges, orders)
     except ValueError as err:
@@ -124,7 +123,8 @@ def compress_block(
     if wants_h and not one_pass:
         found.H = collect(block, spec, geometry, passes, ranges=False, hessians=True, where=prefix).H
     elif wants_h:
-        found.H = {name: permuted_h(name, H, orders) for name, H in found.H.items()}
+        for name in found.H:  # one at a time: two copies of every H would set the peak of memory
+            found.H[name] = permuted_h(name, found.H[name], orders)
     layers = weights.quantize(block, spec, recipe, found.H, orders, prefix)
     writer.write_block(i, block, ranges, orders)
     out = [run_block(block, x.to(run.device), run.calls[i][x.shape[0]]).cpu() for x in states]
@@ -138,7 +138,7 @@ def compress_block(
 def permuted_h(name: str, H: torch.Tensor, orders: reorder.Orders) -> torch.Tensor:
     """H of the permuted input: x' = x[perm] gives H' = H[perm][:, perm]."""
     order = orders.get("o" if name == "R3" else name)
-    return H if order is None else H[order.perm][:, order.perm]  # [C, C]
+    return H if order is None else H[order.perm[:, None], order.perm]  # [C, C]
 
 
 def set_softmax_bits(block: nn.Module, spec: Spec, bits: int) -> None:
@@ -146,12 +146,12 @@ def set_softmax_bits(block: nn.Module, spec: Spec, bits: int) -> None:
     block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = bits if spec.attention_interface else 16
 
 
-def attention_for(recipe: Recipe, spec: Spec) -> str:
+def attention_for(recipe: Recipe, spec: Spec, model: nn.Module) -> str:
     """transformers' name of the attention function: the one that quantizes probabilities where they are quantized."""
     if not spec.attention_interface:
         return "eager"
     if recipe.activations.softmax_bits == 16:
-        return "sdpa"
+        return "sdpa" if model._supports_sdpa else "eager"  # Gemma 2 caps its scores, which sdpa cannot
     import lowbit.attention
 
     return lowbit.attention.NAME

@@ -19,17 +19,28 @@ from safetensors import SafetensorError, safe_open
 
 from ptq.errors import BadInput
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md", "*.py"]
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "README.md",
+    "*.py",
+]
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a config and safetensors; `where` maps a tensor's name to its file."""
+    """A folder with a config and safetensors; `where` and `shapes` map a tensor's name to its file and shape."""
 
     folder: Path
     config: Any
     where: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
     files: tuple[dict[str, Any], ...]
 
     def read(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -108,15 +119,24 @@ def open_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown method")
         raise BadInput(f"{folder}: already quantized ({method}); give the full-precision checkpoint")
-    where, files = {}, []
+    return Checkpoint(folder, config, *read_headers(folder))
+
+
+def read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], tuple[dict[str, Any], ...]]:
+    """(tensor name -> file, tensor name -> shape, facts of each file) from the headers of a folder's safetensors.
+
+    Raises:
+        BadInput: no safetensors, a truncated or corrupt file, or a tensor that is in two files.
+    """
+    where, shapes, files = {}, {}, []
     for path in _shards(folder):
-        header, facts = _header(path)
+        found, facts = _header(path)
         files.append(facts)
-        for name in header:
+        for name, shape in found.items():
             if name in where:
                 raise BadInput(f"{folder}: tensor {name} is in both {where[name].name} and {path.name}")
-            where[name] = path
-    return Checkpoint(folder, config, where, tuple(files))
+            where[name], shapes[name] = path, shape
+    return where, shapes, tuple(files)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -143,7 +163,7 @@ def _shards(folder: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as err:
             raise BadInput(f"{index}: not a safetensors index: {err}") from err
         for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise BadInput(f"{index}: shard name {name!r} is not a plain *.safetensors file name")
     elif (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
@@ -163,7 +183,7 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(8)
@@ -177,8 +197,9 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, AttributeError, TypeError) as err:
+        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    except (ValueError, LookupError, AttributeError, TypeError) as err:
         raise BadInput(f"{path}: corrupt safetensors header: {err}") from err
     if end + 8 + length != size:
         raise BadInput(f"{path}: truncated: {size} bytes, its header promises {end + 8 + length}; fetch the file again")
-    return header, {"name": path.name, "bytes": size, "header_sha256": hashlib.sha256(raw).hexdigest()}
+    return shapes, {"name": path.name, "bytes": size, "header_sha256": hashlib.sha256(raw).hexdigest()}

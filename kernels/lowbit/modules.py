@@ -230,7 +230,7 @@ class Norm(nn.Module):
         quantizer: ActivationQuantizer | None = None,
     ):
         super().__init__()
-        self.kind, self.eps, self.quantizer = kind, eps, quantizer
+        self.channels, self.kind, self.eps, self.quantizer = channels, kind, eps, quantizer
         self.register_buffer("weight", torch.zeros(channels, dtype=dtype) if weight else None)
         self.register_buffer("bias", torch.zeros(channels, dtype=dtype) if bias else None)
         self.register_buffer("permutation", torch.zeros(channels, dtype=torch.int32) if permuted else None)

@@ -1,0 +1,71 @@
+"""Whether the tensors of a packed model fit each other: a damaged checkpoint is refused, it never runs as garbage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lowbit.modules import ActivationQuantizer, Linear, Norm
+from torch import nn
+
+from ptq.errors import BadInput
+from rptq.order import check_permutation, check_sizes
+
+WIDTHS = (*range(2, 9), 16)
+
+
+def check_packed(model: nn.Module, where: str | Path) -> None:
+    """Check every lowbit module of `model`, which was loaded from `where`.
+
+    Raises:
+        BadInput: the module and what is wrong with it: group or cluster sizes that do not sum to the channels, a permutation
+            that is none, scales that are not positive and finite, zero points or minima that are not finite.
+    """
+    for name, module in model.named_modules():
+        try:
+            if isinstance(module, Linear):
+                _check_linear(module)
+            elif isinstance(module, Norm):
+                _check_norm(module)
+        except ValueError as err:
+            raise BadInput(f"{where}: {name}: {err}; the checkpoint is corrupt, make it again") from err
+
+
+def _check_linear(linear: Linear) -> None:
+    if linear.bits < 16 and linear.codec == "group4":
+        _check_finite("weight_minimum", linear.weight_minimum)
+        _check_finite("weight_scale", linear.weight_scale)  # a constant group has scale 0
+    elif linear.bits < 16:
+        check_sizes(linear.weight_groups.long(), linear.in_features)
+        _check_positive("weight_scale", linear.weight_scale)
+    _check_quantizer("input grid", linear.input_quantizer, linear.in_features)
+    _check_quantizer("output grid", linear.output_quantizer, linear.out_features)
+
+
+def _check_norm(norm: Norm) -> None:
+    if norm.permutation is not None:
+        check_permutation(norm.permutation.long(), norm.permutation.numel())
+    _check_quantizer("grid", norm.quantizer, norm.channels)
+
+
+def _check_quantizer(what: str, quantizer: ActivationQuantizer | None, channels: int) -> None:
+    if quantizer is None or quantizer.mode != "static":
+        return
+    check_sizes(quantizer.sizes.long(), channels)
+    _check_positive(f"{what}: scale", quantizer.scale)
+    _check_finite(f"{what}: zero", quantizer.zero)
+    odd = sorted(set(quantizer.bits.tolist()) - set(WIDTHS))
+    if odd:
+        raise ValueError(f"{what}: {odd[0]} bits")
+
+
+def _check_positive(what: str, t: torch.Tensor) -> None:
+    bad = t.numel() - int((torch.isfinite(t) & (t > 0)).sum())
+    if bad:
+        raise ValueError(f"{what}: {bad} of {t.numel()} are not positive and finite")
+
+
+def _check_finite(what: str, t: torch.Tensor) -> None:
+    bad = t.numel() - int(torch.isfinite(t).sum())
+    if bad:
+        raise ValueError(f"{what}: {bad} of {t.numel()} are not finite")
