@@ -66,13 +66,14 @@ def factor(H: Tensor, *, damp: float = 0.01, order: Tensor | None = None) -> Fac
     # Factoring in reversed order and flipping back turns the lower Cholesky factor into the upper one.
     reversed_order = order.flip(0)
     A = H[reversed_order[:, None], reversed_order]  # [C, C]
-    A.diagonal().masked_fill_(dead[reversed_order], 1)
+    undamped = diagonal[reversed_order].masked_fill(dead[reversed_order], 1)  # [C]
     attempts: list[tuple[float, torch.dtype]] = []
     for step in LADDER:
         for dtype in (torch.float32, torch.float64):
             attempts.append((damp * step, dtype))
-            L = _cholesky(A, damp * step * mean, dtype)
+            L = _cholesky(A, undamped, damp * step * mean, dtype)
             if L is not None:
+                del A  # with many channels each [C, C] counts, and the flip makes another
                 V = L.flip(0, 1).to(torch.float32)
                 return Factor(V, order, dead, damp * step, tuple(attempts), dtype)
     tried = ", ".join(f"{damp * step:g}" for step in LADDER)
@@ -82,9 +83,10 @@ def factor(H: Tensor, *, damp: float = 0.01, order: Tensor | None = None) -> Fac
     )
 
 
-def _cholesky(A: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    damped = A.to(dtype, copy=True)
-    damped.diagonal().add_(damping)
+def _cholesky(A: Tensor, undamped: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """Lower factor of A with `undamped` + damping on the diagonal, None if there is none. A's own diagonal is scratch."""
+    damped = A.to(dtype)
+    damped.diagonal().copy_(undamped.to(dtype) + damping)
     L, info = torch.linalg.cholesky_ex(damped)
     # A NaN anywhere in a row of L reaches that row's pivot, so the pivots tell for the whole factor.
     if info.item() != 0 or not torch.isfinite(L.diagonal()).all():
