@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import nn
 from ptq.architectures import FusedQKV, Spec
 from ptq.errors import BadInput, UnsupportedModel
 from ptq.source import Checkpoint
+
+# Buffers that old checkpoints store and that models now make themselves: rotary frequencies and causal masks.
+MADE_BY_THE_MODEL = r"(^|\.)rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias)$"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ def skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.M
 
     Raises:
         UnsupportedModel: transformers has no causal language model for the config.
+        BadInput: values in the config that make no model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -39,9 +44,12 @@ def skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.M
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=trust_remote_code)
-    except ValueError as err:
-        reason = f"{checkpoint.config.model_type!r} is no causal language model for transformers"
-        raise UnsupportedModel(f"{checkpoint.folder}: {reason}: {' '.join(str(err).split())[:200]}") from err
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, LookupError, AssertionError) as err:
+        found = " ".join(str(err).split())[:200]
+        if "Unrecognized configuration class" in found:
+            reason = f"{checkpoint.config.model_type!r} is no causal language model for transformers"
+            raise UnsupportedModel(f"{checkpoint.folder}: {reason}: {found}") from err
+        raise BadInput(f"{checkpoint.folder}/config.json: makes no model: {type(err).__name__}: {found}") from err
     return model.eval()
 
 
@@ -51,7 +59,8 @@ def tensor_names(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> dict[s
     Some hub files lack the base model's prefix, and some families renamed a module since (`spec.renamed`).
 
     Raises:
-        BadInput: a parameter the checkpoint lacks, or whose shape differs.
+        BadInput: a parameter the checkpoint lacks, or whose shape differs; or tensors that the model has no place for, unless it
+            makes them itself.
     """
     prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -66,7 +75,17 @@ def tensor_names(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> dict[s
             names[name] = found
         elif name not in tied:
             raise BadInput(f"{checkpoint.folder}: tensor {name} is missing from the safetensors files")
+    ignored = [re.compile(p) for p in (MADE_BY_THE_MODEL, *(model._keys_to_ignore_on_load_unexpected or ()))]
+    lost = [name for name in leftovers(names, checkpoint) if not any(p.search(name) for p in ignored)]
+    if lost:
+        what = f"{len(lost)} tensors have no place in the model that the config describes, first {lost[0]}"
+        raise BadInput(f"{checkpoint.folder}: {what}; mend config.json")
     return names
+
+
+def leftovers(names: dict[str, str], checkpoint: Checkpoint) -> list[str]:
+    """Tensors of the checkpoint that none of `names` (see `tensor_names`) takes."""
+    return sorted(checkpoint.where.keys() - names.values())
 
 
 def fill(module: nn.Module, prefix: str, names: dict[str, str], checkpoint: Checkpoint, *, device, dtype=None) -> None:

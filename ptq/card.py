@@ -77,7 +77,7 @@ def _bits(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
     rows = ["| site | bits | where |", "|---|---|---|"]
     for name, part, key, where in SITES:
-        bits = recipe[part][key]
+        bits = _site_bits(report, part, key)
         rows.append(f"| {name} | {'16 (full precision)' if bits == 16 else bits} | {where} |")
     kv = report["bits"]["kv_bits_effective"]
     effective = f"{report['bits']['weights_effective']:.3f} a compressed weight"
@@ -85,6 +85,11 @@ def _bits(report: dict[str, Any]) -> str:
     text = f"Effective bits (scales, zero points and permutations are counted): {effective}."
     grids = f"Activation grid: {recipe['activations']['grid']}. Weight groups: {recipe['weights']['groups']}."
     return "\n".join(["## Bits", "", *rows, "", text, f"{grids} Weight solver: {recipe['weights']['solver']}."])
+
+
+def _site_bits(report: dict[str, Any], part: str, key: str) -> int:
+    """What the recipe asks for, except that some families keep softmax in full precision whatever it asks."""
+    return report["bits"]["softmax"] if key == "softmax_bits" else report["recipe"][part][key]
 
 
 def _sizes(report: dict[str, Any]) -> str:
@@ -129,7 +134,7 @@ def _evaluation(e: dict[str, Any]) -> str:
 
 
 def _limits(report: dict[str, Any]) -> str:
-    recipe, coverage = report["recipe"], report["coverage"]
+    coverage = report["coverage"]
     total = coverage["compressed_parameters"] + coverage["other_parameters"]
     share = coverage["other_parameters"] / max(1, total)
     lines = [
@@ -140,7 +145,7 @@ def _limits(report: dict[str, Any]) -> str:
         "- The residual stream between blocks is always full precision.",
     ]
     for name, part, key, where in SITES:
-        bits = recipe[part][key]
+        bits = _site_bits(report, part, key)
         if bits >= 8:
             lines.append(f"- {name}, {where}: {'full precision' if bits == 16 else f'{bits} bits'}.")
     lines += [f"- not compressed: `{skipped['name']}`: {skipped['reason']}." for skipped in coverage["skipped"]]

@@ -18,10 +18,10 @@ from torch import nn
 
 import rptq
 from ptq.architectures import Spec
-from ptq.consistency import check_packed
 from ptq.errors import BadInput
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.ledger import write_json, write_tensors, write_whole
+from ptq.plots import FILE as RANGES
 from ptq.recipe import Recipe, dump_yaml
 from ptq.reorder import Orders
 from ptq.source import INDEX, Checkpoint, read_config, read_headers, resolve
@@ -43,7 +43,6 @@ COMPANIONS = (
     "LICENSE.txt",
     "LICENSE.md",
 )
-RANGES = "channel_ranges.safetensors"
 
 
 class Writer:
@@ -119,6 +118,7 @@ class Writer:
 
     def _write_config(self, specs: dict[str, Any]) -> None:
         config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf8"))
+        config.pop("auto_map", None)  # the packed model runs no code of the source
         config["model_type"] = MODEL_TYPE_PREFIX + self.checkpoint.config.model_type
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,
@@ -153,6 +153,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
@@ -164,7 +165,6 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
             raise BadInput(
                 f"{path}: {problem.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt"
             )
-    check_packed(model, path)
     return model.eval().to(device)
 
 

@@ -31,6 +31,24 @@ def check_packed(model: nn.Module, where: str | Path) -> None:
             raise BadInput(f"{where}: {name}: {err}; the checkpoint is corrupt, make it again") from err
 
 
+def check_filled(model: nn.Module, where: str | Path) -> None:
+    """Check that every stored tensor of `model`, which transformers loaded from `where`, came from a file.
+
+    transformers only warns of tensors that it did not find and leaves packed ones as uninitialized memory. It marks each tensor that it
+    loads; where accelerate then moves tensors between several devices the marks are lost, and nothing can be said.
+
+    Raises:
+        BadInput: the tensors that were not loaded.
+    """
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return
+    tensors = model.state_dict(keep_vars=True).items()
+    names = sorted(name for name, t in tensors if not getattr(t, "_is_hf_initialized", False))
+    if names:
+        what = f"missing keys or keys of another shape: {', '.join(names[:3])} ({len(names)})"
+        raise BadInput(f"{where}: {what}; the checkpoint is corrupt")
+
+
 def _check_linear(linear: Linear) -> None:
     if linear.bits < 16 and linear.codec == "group4":
         _check_finite("weight_minimum", linear.weight_minimum)

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptq.architectures import FAMILIES, Spec
+from ptq.consistency import check_filled, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.kv import packed_kv_grids
 
@@ -63,6 +64,8 @@ class PtqQuantizer(HfQuantizer):
             block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = self.quantization_config.softmax_bits
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        check_filled(model, model.name_or_path)
+        check_packed(model, model.name_or_path)
         if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != ATTENTION:
             model.set_attn_implementation(ATTENTION)
         grids = packed_kv_grids(model, spec_of(model.config), self.quantization_config.kv_bits)

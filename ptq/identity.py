@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -26,8 +27,23 @@ def identity_of(recipe: Recipe, checkpoint: Checkpoint, calibration: Calibration
         "recipe": fingerprint(recipe),
         "model": hashlib.sha256(json.dumps([files, times, config]).encode()).hexdigest(),
         "calibration": calibration.fingerprint,
-        "device": device,
+        "device": _device(device),
         "ptq": ptq.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "scikit-learn": _version("scikit-learn"),
     }
+
+
+def _device(device: str) -> str:
+    """What decides the order of sums, and so the last bits: a CPU's vector width and number of threads, a GPU's model."""
+    if device == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{device}, {torch.cuda.get_device_name(device)}" if torch.device(device).type == "cuda" else device
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

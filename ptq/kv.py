@@ -16,12 +16,12 @@ def packed_kv_grids(model: nn.Module, spec: Spec, bits: int) -> list[KVGrid] | N
     if bits >= 16:
         return None
     geometry = geometry_of(model.config, spec)
+    _, k_site, v_site = output_sites(spec, geometry)
     grids = []
     for block in model.get_submodule(spec.blocks):
-        _, k, v = (_quantizer(block, site) for site in output_sites(spec, geometry))
+        k, v = _quantizer(block, k_site), _quantizer(block, v_site)
         if k is None or v is None or k.mode != "static" or v.mode != "static":
             return None
-        _, k_site, v_site = output_sites(spec, geometry)
         k_scale, k_zero = _by_head(k, k_site, geometry)
         v_scale, v_zero = _by_head(v, v_site, geometry)
         grids.append(

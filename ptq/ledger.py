@@ -45,6 +45,23 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial.replace(path)
 
 
+def refuse_existing(out: Path, *, resume: bool = False) -> None:
+    """BadInput if OUT is there. A run that was killed right after it appeared left its manifest in it: a resume removes that."""
+    if not out.exists():
+        return
+    if resume and _is_manifest(out / MANIFEST):
+        (out / MANIFEST).unlink()
+        raise BadInput(f"{out}: this run is complete, nothing is left to resume")
+    raise BadInput(f"{out}: exists already; choose another --out or remove it")
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf8")).keys() == {"identity", "completed", "records"}
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 class Ledger:
     """The folder OUT.partial of one run. `completed` blocks are done; `records` holds one JSON value a block."""
 
@@ -61,9 +78,8 @@ class Ledger:
         Raises:
             BadInput: OUT exists; OUT.partial exists and `resume` is off; nothing to resume; or the run there differs.
         """
+        refuse_existing(out, resume=resume)
         folder = out.with_name(f"{out.name}.partial")
-        if out.exists():
-            raise BadInput(f"{out}: exists already; choose another --out or remove it")
         if resume:
             return cls._continue(folder, identity)
         if folder.exists():

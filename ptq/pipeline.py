@@ -18,7 +18,7 @@ from ptq.card import model_card
 from ptq.checkpoint import Writer, load_tokenizer
 from ptq.errors import BadInput, NumericalFailure
 from ptq.identity import identity_of
-from ptq.ledger import Ledger
+from ptq.ledger import Ledger, refuse_existing
 from ptq.progress import Progress, module_line
 from ptq.recipe import Recipe
 from ptq.report import build_report
@@ -52,7 +52,10 @@ def compress(
     """
     started = time.monotonic()
     target = torch.device(pick_device(device))
-    folder = resolve(recipe.model, revision=recipe.revision, offline=offline)
+    refuse_existing(out, resume=resume)
+    folder = resolve(
+        recipe.model, revision=recipe.revision, offline=offline, trust_remote_code=recipe.trust_remote_code
+    )
     checkpoint = open_checkpoint(folder, trust_remote_code=recipe.trust_remote_code)
     model = skeleton(checkpoint, trust_remote_code=recipe.trust_remote_code)
     spec = spec_for(checkpoint.config, model)
@@ -74,6 +77,10 @@ def compress(
         ledger.complete(states, record)
         for row in record["modules"]:
             progress.line(module_line(row))
+        for site in record["sites"]:
+            progress.detail(
+                "  {site:<3} {channels} channels, {clusters} clusters, {bits} bits, grid {grid}".format(**site)
+            )
     writer.write_rest(names)
     report = build_report(
         recipe=recipe,
@@ -137,7 +144,7 @@ def compress_block(
 
 def permuted_h(name: str, H: torch.Tensor, orders: reorder.Orders) -> torch.Tensor:
     """H of the permuted input: x' = x[perm] gives H' = H[perm][:, perm]."""
-    order = orders.get("o" if name == "R3" else name)
+    order = reorder.input_order(orders, name)
     return H if order is None else H[order.perm[:, None], order.perm]  # [C, C]
 
 
@@ -158,13 +165,13 @@ def attention_for(recipe: Recipe, spec: Spec, model: nn.Module) -> str:
 
 
 def calibrate(recipe: Recipe, checkpoint: Checkpoint, *, offline: bool) -> Calibration:
-    """Token windows of the recipe's text, refused where they exceed the model's positions."""
+    """Token windows of the recipe's text, refused where they exceed the model's positions or vocabulary."""
     spec = recipe.calibration
     limit = getattr(checkpoint.config, "max_position_embeddings", None)
     if limit is not None and spec.seqlen > limit:
         raise BadInput(f"--seqlen {spec.seqlen} is beyond the model's {limit} positions; use --seqlen {limit} or less")
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=recipe.trust_remote_code)
-    return calibration_windows(
+    found = calibration_windows(
         tokenizer,
         spec.text,
         nsamples=spec.nsamples,
@@ -173,6 +180,10 @@ def calibrate(recipe: Recipe, checkpoint: Checkpoint, *, offline: bool) -> Calib
         mode=spec.mode,
         offline=offline,
     )
+    token, vocabulary = int(found.tokens.max()), checkpoint.config.vocab_size
+    if token >= vocabulary:
+        raise BadInput(f"token id {token} is outside the vocabulary of {vocabulary}; use the model's own tokenizer")
+    return found
 
 
 def micro_batch(recipe: Recipe) -> int:
@@ -188,6 +199,8 @@ def pick_device(device: str) -> str:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as err:
         raise BadInput(f"--device {device}: {str(err).splitlines()[0]}") from err
+    if torch.device(device).type == "meta":
+        raise BadInput("--device meta: computes nothing; choose cpu or an accelerator")
     return device
 
 

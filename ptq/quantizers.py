@@ -12,7 +12,7 @@ import rptq
 from ptq.architectures import FusedQKV, Geometry, Spec
 from ptq.errors import UnsupportedModel
 from ptq.recipe import Recipe
-from ptq.reorder import Orders
+from ptq.reorder import Orders, input_order
 from ptq.sites import input_sites, output_sites
 
 FULL = 16
@@ -46,7 +46,7 @@ def attach(
 
 def _attach_input(block: nn.Module, site, recipe: Recipe, ranges: rptq.ChannelRange, orders: Orders) -> SiteFact:
     bits = recipe.activations.bits if site.norm is None else recipe.activations.norm_bits
-    order = orders.get("o" if site.name == "R3" else site.name)
+    order = input_order(orders, site.name)
     if order is not None:
         ranges = ranges.permuted(order.perm)
     C, kind = ranges.min.numel(), recipe.activations.grid if bits < FULL else "none"
@@ -62,7 +62,9 @@ def _attach_input(block: nn.Module, site, recipe: Recipe, ranges: rptq.ChannelRa
         else:
             for path in site.linears:
                 block.get_submodule(path).input_quantizer = quantizer
-    return SiteFact(site.name, C, clusters, bits, kind, order is not None, None)
+    ragged = recipe.clusters.tile is not None and site.name == "R3"
+    note = "not aligned to tiles: channels stay inside their heads" if ragged else None
+    return SiteFact(site.name, C, clusters, bits, kind, order is not None, note)
 
 
 def _static(grid: rptq.ActivationGrid) -> ActivationQuantizer:
@@ -104,6 +106,8 @@ def _output_grid(name: str, ranges: rptq.ChannelRange, order, bits: int, recipe:
         return SiteFact(name, ranges.min.numel(), clusters, FULL, "none", order is not None, note), None
     if recipe.activations.grid != "cluster":
         grid, kind = rptq.tensor_grid(ranges, bits), "tensor"
+        if recipe.activations.grid == "token":
+            note = "static per tensor: the packed cache holds no scale per token"
     elif order is None:
         grid, kind = rptq.channel_grid(ranges, bits), "channel"
     else:

@@ -25,10 +25,14 @@ ACTIVATION_GRIDS = ("cluster", "tensor", "token")
 
 @dataclass(frozen=True)
 class Weights:
-    """How weights are stored. `groups` is "cluster" (the input's clusters), "channel" (one grid a row) or a group size."""
+    """How weights are stored.
+
+    `groups`: "auto" (the input's clusters, wide ones cut: see `ptq.weights.group_sizes`), "cluster" (the clusters, as in the paper),
+    "channel" (one grid a row) or a group size. `solver`: "gptq", "rtn" (round to nearest) or "group4" (FlexGen's codec).
+    """
 
     bits: int = 16
-    groups: str | int = "cluster"
+    groups: str | int = "auto"
     solver: str = "gptq"
     damp: float = 0.01
     act_order: bool = True
@@ -203,12 +207,18 @@ def check(recipe: Recipe) -> Recipe:
     for name in ("nsamples", "seqlen"):
         _at_least(getattr(cal, name), 1, f"calibration.{name}")
     _one_of(cal.mode, ("random", "first"), "calibration.mode")
-    if w.groups not in ("cluster", "channel"):
+    if w.groups not in ("auto", "cluster", "channel"):
         _at_least(w.groups, 8, "weights.groups")
+    if not recipe.reorder:
+        _check_unordered(recipe)
     if w.solver == "group4" and w.bits not in (4, 16):
         raise BadInput(f"weights.bits: method group4 stores 4 bits, not {w.bits}; use --wbits 4 or another method")
     if recipe.method == "group4" and a.kv_bits not in (4, 16):
         raise BadInput(f"activations.kv_bits: method group4 stores 4 bits, not {a.kv_bits}; use --kv-bits 4")
+    if recipe.method == "group4" and a.q_bits != 16:
+        raise BadInput(
+            f"activations.q_bits: method group4 leaves queries at 16 bits, not {a.q_bits}; add --set activations.q_bits=16"
+        )
     _share(w.damp, "weights.damp")
     if w.damp in (0, 1):
         raise BadInput(f"weights.damp: {w.damp!r} must lie inside 0 and 1, for instance 0.01")
@@ -228,6 +238,17 @@ def check(recipe: Recipe) -> Recipe:
         if not isinstance(value, str):
             raise BadInput(f"{where}: {value!r} is not text; put it in quotes")
     return recipe
+
+
+def _check_unordered(recipe: Recipe) -> None:
+    """Without a reorder there are no clusters: BadInput for what asks for them."""
+    w, a = recipe.weights, recipe.activations
+    if a.grid == "cluster" and min(a.bits, a.norm_bits, a.q_bits, a.kv_bits) < 16:
+        raise BadInput(f"activations.grid: method {recipe.method} makes no clusters; use --act-grid tensor or token")
+    if w.groups == "cluster" and w.bits < 16:
+        raise BadInput(f"weights.groups: method {recipe.method} makes no clusters; use --groups channel or a size")
+    if recipe.clusters.tile is not None:
+        raise BadInput(f"clusters.tile: method {recipe.method} makes no clusters; leave --tile out")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

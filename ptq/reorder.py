@@ -19,7 +19,13 @@ from ptq.errors import BadInput
 from ptq.recipe import Recipe
 from ptq.sites import InputSite, input_sites, norm_of
 
+# Keys: R1, R4, R5; R3 and "o", the same order for the KV heads' channels and spelled out for the query heads; R2 and "q" likewise.
 Orders = dict[str, rptq.Order]
+
+
+def input_order(orders: Orders, site: str) -> rptq.Order | None:
+    """The order of a linear's input channels at a site, None where they are not permuted."""
+    return orders.get("o" if site == "R3" else site)
 
 
 def plan_orders(
@@ -37,7 +43,7 @@ def plan_orders(
     try:
         for site in input_sites(spec):
             if site.name != "R3":
-                orders[site.name] = _site_order(ranges[site.name], getattr(recipe.clusters, site.name), recipe)
+                orders[site.name] = _site_order(ranges[site.name], site, recipe)
         v_and_o = rptq.joint_features(ranges["v"], rptq.merge_query_groups(ranges["R3"], **groups))
         orders["R3"] = _head_order(v_and_o, geometry, recipe.clusters.R3, recipe.seed)
         orders["o"] = rptq.expand_to_query_groups(orders["R3"], **groups)
@@ -50,10 +56,12 @@ def plan_orders(
     return orders
 
 
-def _site_order(ranges: rptq.ChannelRange, n_clusters: int, recipe: Recipe) -> rptq.Order:
-    if recipe.clusters.tile is not None:
-        return rptq.tile_aligned_order(ranges, n_clusters, recipe.clusters.tile, bits=4)
-    return rptq.kmeans_order(rptq.range_features(ranges), n_clusters, seed=recipe.seed)
+def _site_order(ranges: rptq.ChannelRange, site: InputSite, recipe: Recipe) -> rptq.Order:
+    n_clusters, tile = getattr(recipe.clusters, site.name), recipe.clusters.tile
+    if tile is None:
+        return rptq.kmeans_order(rptq.range_features(ranges), n_clusters, seed=recipe.seed)
+    bits = recipe.activations.bits if site.norm is None else recipe.activations.norm_bits
+    return rptq.tile_aligned_order(ranges, n_clusters, tile, bits=bits)
 
 
 def _head_order(features: torch.Tensor, geometry: Geometry, n_clusters: int, seed: int) -> rptq.Order:
@@ -65,7 +73,7 @@ def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders
     """Permute the block's full-precision weights in place; the block's function stays the same."""
     q, k, v = qkv_rows(spec, geometry)
     for site in input_sites(spec):
-        order = orders.get("o" if site.name == "R3" else site.name)
+        order = input_order(orders, site.name)
         if order is not None:
             _permute_input(block, site, order.perm)
     if "R5" in orders:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptq.architectures import Spec
+from ptq.architectures import Spec, geometry_of
+from ptq.blocks import leftovers, tensor_names
 from ptq.calibration import Calibration
 from ptq.recipe import Recipe, to_dict
 from ptq.source import Checkpoint, commit_of, license_of
@@ -47,7 +50,7 @@ def build_report(
         },
         "base_model": {
             "source": recipe.model,
-            "revision": commit_of(checkpoint.folder) or recipe.revision,
+            "revision": None if checkpoint.folder == Path(recipe.model) else commit_of(checkpoint.folder),
             "model_type": checkpoint.config.model_type,
             "license": license_of(checkpoint.folder),
             "files": list(checkpoint.files),
@@ -68,7 +71,8 @@ def build_report(
         "coverage": _coverage(model, compressed, modules),
         "bits": {
             "weights_effective": _effective_bits(modules, records),
-            "kv_bits_effective": _kv_bits(recipe),
+            "kv_bits_effective": _kv_bits(recipe, checkpoint.config, spec),
+            "softmax": recipe.activations.softmax_bits if spec.attention_interface else 16,
         },
         "sizes": {
             "source_bytes": sum(f["bytes"] for f in checkpoint.files),
@@ -76,12 +80,13 @@ def build_report(
         },
         "seconds": seconds,
         "peak_bytes": peak_bytes(),
-        "warnings": _warnings(recipe, spec, modules),
+        "warnings": _warnings(recipe, spec, modules, leftovers(tensor_names(model, spec, checkpoint), checkpoint)),
     }
 
 
 def _coverage(model: nn.Module, compressed: int, modules: list[dict[str, Any]]) -> dict[str, Any]:
-    total = sum(p.numel() for p in model.parameters())
+    tied = model.all_tied_weights_keys  # one parameter, though the empty skeleton has it twice
+    total = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
     outside = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or m is model.get_output_embeddings()]
     skipped = [{"name": name, "reason": "outside the blocks: kept in full precision"} for name in outside]
     skipped += [{"name": row["name"], "reason": "16 bits asked for"} for row in modules if row["bits"] == 16]
@@ -98,16 +103,27 @@ def _effective_bits(modules: list[dict[str, Any]], records: list[dict[str, Any]]
     return (stored + permutations) / weights
 
 
-def _kv_bits(recipe: Recipe) -> float | None:
-    """Bits a cached value: static grids cost nothing a token, FlexGen's codec a float16 scale and minimum in 64."""
+def _kv_bits(recipe: Recipe, config: Any, spec: Spec) -> float | None:
+    """Bits a cached value: its code, and its share of the float32 cosines and sines that the layers hold together for a token.
+
+    Static grids cost nothing a token. Gemma 3 rotates sliding and full layers differently, so it holds two tables.
+    """
     bits = recipe.activations.kv_bits
-    if bits == 16:
+    if bits == 16 or recipe.method == "group4":
         return None
-    return bits + 32 / 64 if recipe.method == "group4" else float(bits)
+    g = geometry_of(config, spec)
+    layer_types, rotations = (getattr(config, name, None) or {} for name in ("layer_types", "rope_parameters"))
+    table = 32 * g.rotary_dim * max(1, len(set(layer_types) & set(rotations)))
+    return bits + table / (2 * g.kv_heads * g.head_dim * config.num_hidden_layers)
 
 
-def _warnings(recipe: Recipe, spec: Spec, modules: list[dict[str, Any]]) -> list[str]:
+def _warnings(recipe: Recipe, spec: Spec, modules: list[dict[str, Any]], unused: list[str]) -> list[str]:
     found = []
+    if unused:
+        kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unused}))
+        found.append(f"{len(unused)} tensors of the source are made by the model itself and were left out: {kinds}")
+    if recipe.activations.kv_bits < 16 and recipe.method == "group4":
+        found.append("group4 keys and values are rounded, the cache itself holds full precision")
     if recipe.activations.softmax_bits < 16 and not spec.attention_interface:
         found.append(
             f"softmax stays in full precision: {spec.model_type}'s attention cannot be replaced in transformers"

@@ -61,7 +61,6 @@ class Statistics:
 
     ranges: dict[str, rptq.ChannelRange]
     H: dict[str, torch.Tensor]
-    tokens: int = 0
 
 
 class _LastInput(Exception):
@@ -78,7 +77,7 @@ def collect(
     hessians: bool,
     where: str,
 ) -> Statistics:
-    """Run `forward` (which calls the block once a micro-batch, through `calling`) and measure.
+    """Run `forward` (which calls the block once a micro-batch, each through `until_last_input`) and measure.
 
     H is taken from inputs as the linears use them: where a linear quantizes its input, the quantized one.
 

@@ -28,8 +28,9 @@ HUB_FILES = [
     "*.jinja",
     "LICENSE*",
     "README.md",
-    "*.py",
 ]
+# Subfolders hold other formats, and consolidated files the same weights once more.
+NOT_HUB_FILES = ["*/*", "consolidated*"]
 INDEX = "model.safetensors.index.json"
 
 
@@ -67,22 +68,25 @@ class Checkpoint:
         return out
 
 
-def resolve(model: str, *, revision: str | None = None, offline: bool = False) -> Path:
-    """The local folder of `model`: the folder itself, or the hub snapshot of an id.
+def resolve(model: str, *, revision: str | None = None, offline: bool = False, trust_remote_code: bool = False) -> Path:
+    """The local folder of `model`: the folder itself, or the hub snapshot of an id; its code only if that is trusted.
 
     Raises:
-        BadInput: neither a folder nor a hub id that can be had.
+        BadInput: neither a folder nor a hub id that can be had, or a revision of a folder.
     """
     path = Path(model)
     if path.is_dir():
+        if revision is not None:
+            raise BadInput(f"{model}: a local folder has no revision {revision!r}; leave --revision out")
         return path
     if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise BadInput(f"{model}: not a model folder (a folder with config.json and *.safetensors)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = {"allow_patterns": HUB_FILES + ["*.py"] * trust_remote_code, "ignore_patterns": NOT_HUB_FILES}
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+        return Path(snapshot_download(model, revision=revision, local_files_only=offline, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise BadInput(f"{model}: no such folder, and the hub gave: {reason}") from err
@@ -141,13 +145,14 @@ def read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ..
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a folder; remote code runs only when asked for."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder}: no config.json, so not a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as err:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as err:
         from ptq.errors import UnsupportedModel
 
         reason = " ".join(str(err).split())

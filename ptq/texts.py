@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -130,7 +131,7 @@ def _parse(path: Path, name: str, kind: str, reader: Callable, column: str, firs
     try:
         parts = tuple(islice(reader(path, column), first))
         digest = _sha256(path)
-    except (OSError, EOFError, ValueError) as err:
+    except (OSError, EOFError, ValueError, zlib.error) as err:
         raise BadInput(f"{path}: cannot be read as {kind}: {' '.join(str(err).split())}") from err
     if not any(part.strip() for part in parts):
         raise BadInput(f"{path}: holds no text")

@@ -14,7 +14,7 @@ import sparsegpt
 from ptq.architectures import Spec
 from ptq.errors import BadInput, NumericalFailure
 from ptq.recipe import Recipe
-from ptq.reorder import Orders
+from ptq.reorder import Orders, input_order
 from ptq.sites import InputSite, input_sites
 
 
@@ -62,16 +62,26 @@ def quantize(
 
 
 def group_sizes(C: int, site: InputSite, recipe: Recipe, orders: Orders) -> torch.Tensor:
-    """int64 [G]: the weight groups along a linear's C input channels."""
+    """int64 [G]: the weight groups along a linear's C input channels. A group never straddles two clusters.
+
+    "cluster": the clusters; "channel": one group; N: the clusters cut into near-equal groups of at most N channels. "auto": N is the
+    tile where clusters are tiles, else max(16, C / 128), because k-means leaves a few clusters with most of the channels.
+    """
     groups = recipe.weights.groups
-    if groups == "cluster":
-        order = orders.get("o" if site.name == "R3" else site.name)
-        return torch.tensor([C]) if order is None else order.sizes.cpu()
+    order = input_order(orders, site.name)
+    whole = torch.tensor([C])
     if groups == "channel":
-        return torch.tensor([C])
-    if C % groups:
-        raise BadInput(f"weights.groups: {groups} does not divide the {C} input channels of {site.linears[0]}")
-    return torch.full((C // groups,), groups)
+        return whole
+    clusters = whole if order is None else order.sizes.cpu()
+    if groups == "cluster":
+        return clusters
+    return _cut(clusters, (recipe.clusters.tile or max(16, C // 128)) if groups == "auto" else groups)
+
+
+def _cut(sizes: torch.Tensor, most: int) -> torch.Tensor:
+    """Each size cut into the fewest parts of at most `most`, larger parts first: 70 -> 24, 23, 23 for 32."""
+    parts = [torch.tensor_split(torch.arange(size), -(-size // most)) for size in sizes.tolist()]
+    return torch.tensor([len(part) for cluster in parts for part in cluster])
 
 
 def _solve(
@@ -84,7 +94,9 @@ def _solve(
         if recipe.weights.solver == "rtn":
             solution, factor = sparsegpt.round_to_nearest(W, sizes=sizes, bits=bits), None
         else:
-            order = sparsegpt.activation_order(H.diagonal(), sizes) if recipe.weights.act_order else None
+            # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
+            whole = torch.tensor([W.shape[1]], device=W.device)
+            order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order else None
             factor = sparsegpt.factor(H, damp=recipe.weights.damp, order=order)
             del H
             solution = sparsegpt.solve(W, factor, sizes=sizes, bits=bits)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 2.0**-20
+
 
 @dataclass(frozen=True)
 class WeightGrid:
@@ -30,8 +32,8 @@ def group_index(sizes: Tensor, channels: int) -> Tensor:
 def fit_grid(W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = torch.float16) -> WeightGrid:
     """Min-max grid of W float [R, C] per row and group, widened to hold 0 so that zero weights stay exactly zero.
 
-    GPTQ (arXiv 2210.17323) section 4. Scales are rounded to scale_dtype; when one of them lies outside the normal range
-    of that dtype (float16: 2^-14 to 65504) all stay float32. A group of zeros has scale 1 and zero 0.
+    GPTQ (arXiv 2210.17323) section 4. Scales are raised to at least 2^-20 and rounded to scale_dtype; when the largest is
+    outside that dtype's normal range (float16: 2^-14 to 65504) all stay float32. A group of zeros has scale 1 and zero 0.
     Raises ValueError for W that is not a finite matrix, bits outside 2..8, or bad sizes.
     """
     if W.ndim != 2 or not W.is_floating_point():
@@ -49,17 +51,16 @@ def fit_grid(W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = 
         raise ValueError(f"W {list(W.shape)} holds NaN, Inf or values beyond float32: look at the checkpoint")
     # Dividing before subtracting keeps the range of two huge weights of opposite sign finite.
     scale = (high / levels - low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
-    scale = torch.where(high == low, torch.ones_like(scale), scale)
-    scale = _rounded(scale, scale_dtype)
+    constant = high == low
+    largest = scale.masked_fill(constant, 0).amax() if scale.numel() else scale.new_ones(())
+    scale = scale.masked_fill_(constant, 1)
+    info = torch.finfo(scale_dtype)
+    if constant.all() or info.tiny <= largest <= info.max:
+        # Small groups beside normal ones: a subnormal scale is coarse, but the grid is used as stored. The floor keeps its
+        # rounding within 3%, at steps that no float16 weight of the tensor can tell from zero.
+        scale = scale.clamp_(min=SMALLEST_SCALE).to(scale_dtype)
     zero = torch.round(-low / scale.float()).clamp_(0, levels)
     return WeightGrid(scale, zero, sizes, bits)
-
-
-def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    info = torch.finfo(dtype)
-    if ((scale < info.tiny) | (scale > info.max)).any():
-        return scale
-    return scale.to(dtype)
 
 
 def quantize_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

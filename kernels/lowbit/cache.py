@@ -70,7 +70,8 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
         rotary: "half" or "interleaved".
     """
     rotated, pair = 2 * cos.shape[-1], PAIR_DIM[rotary]
-    cos, sin = (t.unsqueeze(1).to(keys.dtype) for t in (cos, sin))  # [B, T, R/2] -> [B, 1, T, R/2]
+    # layers on other devices share the tables; [B, T, R/2] -> [B, 1, T, R/2]
+    cos, sin = (t.unsqueeze(1).to(keys) for t in (cos, sin))
     pairs = keys[..., :rotated].unflatten(-1, (2, -1) if pair == -2 else (-1, 2))  # [..., 2, R/2] or [..., R/2, 2]
     a, b = pairs.unbind(pair)  # [B, H, T, R/2]
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=pair).flatten(-2)  # [B, H, T, R]

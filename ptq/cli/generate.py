@@ -32,6 +32,12 @@ def main(args: argparse.Namespace) -> None:
     if inputs["input_ids"].shape[1] == 0:
         raise BadInput("--prompt: makes no token; give some text")
     model = checkpoint.load(folder, device=device)
+    length = inputs["input_ids"].shape[1] + args.max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise BadInput(
+            f"--prompt and --max-new-tokens make {length} tokens, the model has {limit} positions; shorten one"
+        )
     # a mask, so that a pad token inside the prompt is not taken for padding
     tokens = model.generate(
         inputs["input_ids"].to(device),

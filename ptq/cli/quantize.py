@@ -35,8 +35,8 @@ def add(verbs: Any) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--method", choices=METHODS, metavar="M", help=f"{', '.join(METHODS)} (default rptq)")
     how.add_argument("--act-grid", metavar="GRID", help="activation grids: cluster, tensor or token (dynamic)")
-    how.add_argument("--groups", type=_groups, metavar="cluster|channel|N", help="weight groups along the input")
-    how.add_argument("--tile", type=int, metavar="N", help="clusters are whole tiles of N channels: 32, 64 or 128")
+    how.add_argument("--groups", type=_groups, metavar="G", help="weight groups: auto, cluster, channel or a size")
+    how.add_argument("--tile", type=int, metavar="N", help="R1, R4, R5 in whole tiles of N channels: 32, 64 or 128")
     how.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="any recipe key; repeatable")
     data = parser.add_argument_group("calibration")
     data.add_argument(

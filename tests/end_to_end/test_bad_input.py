@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OPTConfig, T5Config
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OPTCon
 import ptq
 from ptq import ledger
 from ptq.errors import BadInput, NumericalFailure, PtqError, UnsupportedModel
+from ptq.pipeline import pick_device
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +95,26 @@ UNREADABLE = {
         lambda f: edit_tensors(f / "model.safetensors", lambda t: t.pop("model.decoder.layers.1.fc2.weight")),
         "tensor model.decoder.layers.1.fc2.weight is missing",
     ),
+    "fewer blocks than the files": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=1),
+        r"16 tensors have no place .* first model.decoder.layers.1.fc1.bias; mend config.json",
+    ),
+    "no biases": (
+        lambda f: edit_json(f / "config.json", enable_bias=False),
+        "12 tensors have no place .* first model.decoder.layers.0.fc1.bias",
+    ),
+    "a word for a number": (
+        lambda f: edit_json(f / "config.json", hidden_size="wide"),
+        "config.json: Validation error .*'hidden_size'",
+    ),
+    "no heads": (
+        lambda f: edit_json(f / "config.json", num_attention_heads=0),
+        "config.json: makes no model: ZeroDivisionError",
+    ),
+    "heads that do not divide": (
+        lambda f: edit_json(f / "config.json", num_attention_heads=5),
+        "config.json: makes no model: ValueError: .* must be divisible",
+    ),
     "quantized elsewhere": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         r"already quantized \(gptq\)",
@@ -106,6 +128,56 @@ def test_a_model_that_cannot_be_read(case, copy, recipe_for, run, tmp_path):
     damage(copy)
     refused(BadInput, match, run, recipe_for(copy), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# tensors of old checkpoints that the model makes itself, and what the report calls them
+STORED_BUFFERS = {
+    "llama": (["model.layers.0.self_attn.rotary_emb.inv_freq"], "model.layers.*.self_attn.rotary_emb.inv_freq"),
+    "gpt2": (
+        ["transformer.h.0.attn.bias", "transformer.h.1.attn.bias", "transformer.h.0.attn.masked_bias"],
+        "transformer.h.*.attn.bias, transformer.h.*.attn.masked_bias",
+    ),
+    "gpt_neox": (
+        ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.masked_bias"],
+        "gpt_neox.layers.*.attention.bias, gpt_neox.layers.*.attention.masked_bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STORED_BUFFERS)
+def test_buffers_that_the_model_makes_itself_are_left_out_and_reported(family, model_folder, recipe_for, run, tmp_path):
+    names, said = STORED_BUFFERS[family]
+    folder = Path(shutil.copytree(model_folder(family), tmp_path / "model"))
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({name: torch.ones(4) for name in names}))
+    report = run(recipe_for(folder, weights={"bits": 8, "solver": "rtn"}), tmp_path / "out")
+    expected = f"{len(names)} tensors of the source are made by the model itself and were left out: {said}"
+    assert report["warnings"] == [expected]
+
+
+def test_a_stored_copy_of_tied_weights_is_no_leftover(model_folder, recipe_for, run, tmp_path):
+    folder = Path(shutil.copytree(model_folder("qwen2"), tmp_path / "model"))
+    copied = {"lm_head.weight": load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()}
+    edit_tensors(folder / "model.safetensors", lambda t: t.update(copied))
+    report = run(recipe_for(folder, weights={"bits": 8, "solver": "rtn"}), tmp_path / "out")
+    assert report["warnings"] == []
+    assert ptq.load(tmp_path / "out").lm_head.weight.shape == copied["lm_head.weight"].shape
+
+
+def test_a_tokenizer_of_another_model(copy, recipe_for, run, tmp_path):
+    def cut_rows(tensors):
+        name = "model.decoder.embed_tokens.weight"
+        tensors[name] = tensors[name][:100].clone()
+
+    edit_tensors(copy / "model.safetensors", cut_rows)
+    edit_json(copy / "config.json", vocab_size=100)
+    refused(BadInput, "token id [12].. is outside the vocabulary of 100", run, recipe_for(copy), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_devices_that_compute_nothing():
+    refused(BadInput, "--device meta: computes nothing", pick_device, "meta")
+    refused(BadInput, "--device abacus", pick_device, "abacus")
+    assert pick_device("cpu") == "cpu"
 
 
 def test_a_model_that_we_compressed_is_not_compressed_again(w4a8, recipe_for, run, tmp_path):
@@ -135,11 +207,6 @@ def test_more_clusters_than_channels(model_folder, recipe_for, run, tmp_path):
     recipe = recipe_for(model_folder("opt"), clusters={"R1": 65})
     message = refused(BadInput, "65", run, recipe, tmp_path / "out")
     assert "64" in message and "clusters.R1" in message and not (tmp_path / "out").exists()
-
-
-def test_groups_that_do_not_divide_the_channels(model_folder, recipe_for, run, tmp_path):
-    recipe = recipe_for(model_folder("opt"), weights={"bits": 4, "groups": 40})
-    refused(BadInput, "weights.groups: 40 does not divide the 64", run, recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -266,7 +333,7 @@ def narrow(tensors):
 
 
 DAMAGED = {
-    "a tensor missing": (lambda t: t.pop(BLOCK + "fc1.weight_scale"), "missing keys: .*fc1.weight_scale"),
+    "a tensor missing": (lambda t: t.pop(BLOCK + "fc1.weight_scale"), "missing keys .*fc1.weight_scale"),
     "packed weights of another shape": (narrow, "fc1.weight_packed"),
     "groups that do not sum": (set_item("fc1.weight_groups", 0, 63), "layers.0.fc1: cluster sizes .* sum to 64"),
     "negative group": (set_item("fc1.weight_groups", 0, -1), "layers.0.fc1: cluster sizes must be positive"),
@@ -292,6 +359,30 @@ def test_damaged_packed_tensors_are_refused(case, packed):
     assert str(packed) in message
 
 
+# transformers refuses another shape itself, with a RuntimeError
+@pytest.mark.parametrize("case", [case for case in DAMAGED if "shape" not in case])
+def test_transformers_own_loading_refuses_them_too(case, packed):
+    damage, match = DAMAGED[case]
+    edit_tensors(packed / SHARD, damage)
+    message = refused(BadInput, match, AutoModelForCausalLM.from_pretrained, packed)
+    assert str(packed) in message
+
+
+def test_a_missing_embedding_is_not_replaced_by_random_numbers(packed):
+    edit_tensors(packed / "model-00003-of-00003.safetensors", lambda t: t.pop("model.decoder.embed_tokens.weight"))
+    for load in (ptq.load, AutoModelForCausalLM.from_pretrained):
+        refused(BadInput, "missing keys .*embed_tokens.weight", load, packed)
+
+
+def test_loading_does_not_ask_whether_to_run_their_code(copy, monkeypatch):
+    T5Config(vocab_size=VOCAB, d_model=32).save_pretrained(copy)  # no causal model of transformers' own
+    edit_json(copy / "config.json", auto_map={"AutoModelForCausalLM": "theirs.Model"})
+    (copy / "theirs.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    refused(BadInput, "cannot be loaded", ptq.load, copy)
+    assert not (copy / "ran").exists()
+
+
 def test_damaged_packed_files_are_refused(packed):
     data = (packed / SHARD).read_bytes()
     (packed / SHARD).write_bytes(data[:-50])
@@ -306,7 +397,7 @@ def test_damaged_packed_files_are_refused(packed):
         ({"format_version": 99}, "packed format version 99, this release reads 1; upgrade"),
         ({"modules": {"model.decoder.layers.0.nothing": {"kind": "linear"}}}, "cannot be loaded"),
         ({"modules": {"model.decoder.layers.0.fc1": {"kind": "linear"}}}, "cannot be loaded"),
-        ({"modules": {}}, "cannot be loaded"),
+        ({"modules": {}}, "missing keys or keys of another shape: .*fc1.weight"),
     ],
 )
 def test_a_damaged_packed_config_is_refused(change, match, packed):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
+from ptq import identity
 from ptq.errors import BadInput
 from ptq.ledger import Ledger
 
@@ -72,6 +73,9 @@ def test_resumed_from_every_state_a_kill_can_leave_the_bytes_are_the_same(recipe
     assert contents(last / "out").keys() - whole.keys() == {
         "ledger.json"
     }  # whole, only the manifest was left to remove
+    with pytest.raises(BadInput, match="this run is complete, nothing is left to resume"):
+        run(recipe, last / "out", resume=True)
+    assert contents(last / "out") == whole
     for n, state in enumerate(partial):
         assert not (state / "out").exists(), n
         manifest = (state / "out.partial" / "ledger.json").is_file()
@@ -143,6 +147,14 @@ def test_a_changed_calibration_text_is_refused(stopped, recipe, run, text_file):
             run(recipe, stopped, resume=True)
     finally:
         text_file.write_text(before)
+
+
+def test_another_scikit_learn_or_cpu_is_refused(stopped, recipe, run, monkeypatch):
+    monkeypatch.setattr(identity, "version", lambda package: f"another {package}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
+    match = "device was cpu, .*, is cpu, ABACUS, .*; scikit-learn was .*, is another scikit-learn"
+    with pytest.raises(BadInput, match=match):
+        run(recipe, stopped, resume=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

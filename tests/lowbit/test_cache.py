@@ -311,6 +311,11 @@ def test_rotate_matches_complex_multiplication():
     torch.testing.assert_close(rotate(x, angles.cos(), angles.sin(), "interleaved"), expected)
 
 
+def test_tables_follow_keys_to_another_device():
+    cos, sin = torch.ones(1, 4, 3), torch.zeros(1, 4, 3)
+    assert rotate(torch.empty(2, 3, 4, 10, device="meta"), cos, sin, "half").device.type == "meta"
+
+
 @pytest.mark.parametrize("family", ["llama", "gptj", "gemma3_text"])
 def test_cropping_and_decoding_again_changes_nothing(family):
     model, grids, blocks = quantized_model(family, 4)

@@ -72,7 +72,7 @@ REPORT = {
         "other_parameters": 250,
         "skipped": [{"name": "lm_head", "reason": "outside the blocks"}],
     },
-    "bits": {"weights_effective": 4.7, "kv_bits_effective": 4.5},
+    "bits": {"weights_effective": 4.7, "kv_bits_effective": 4.5, "softmax": 8},
     "sizes": {"source_bytes": 250, "compressed_bytes": 100},
     "seconds": 12.5,
     "peak_bytes": 1000,
@@ -152,6 +152,12 @@ def test_the_table_follows_the_recipe(bits, expected):
     table = model_card(changed(recipe=to_dict(build(**bits)))).split("## Bits")[1].split("Effective")[0]
     row = next(line for line in table.splitlines() if line.startswith("| queries"))
     assert expected in row
+
+
+def test_softmax_that_stays_in_full_precision_is_not_called_low_bit():
+    text = model_card(changed(bits={"softmax": 16}))  # the recipe asks for 8
+    assert "| softmax | 16 (full precision) |" in text
+    assert "- softmax, attention probabilities: full precision." in text
 
 
 def test_bits_without_a_preset_have_a_name_too():

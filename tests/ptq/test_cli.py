@@ -83,11 +83,11 @@ def test_explicit_bits_equal_the_preset_they_spell_out():
 
 def test_every_option_reaches_the_recipe():
     built = recipe(
-        *"--preset W4A8 --method gptq --act-grid token --groups 128 --tile 64 --calib a.txt,b.txt --nsamples 7".split(),
+        *"--preset W4A8 --method rptq --act-grid token --groups 128 --tile 64 --calib a.txt,b.txt --nsamples 7".split(),
         *"--seqlen 96 --seed 3 --revision r1 --trust-remote-code".split(),
     )
     assert (built.method, built.activations.grid, built.weights.groups, built.clusters.tile) == (
-        "gptq",
+        "rptq",
         "token",
         128,
         64,

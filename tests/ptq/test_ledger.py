@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ptq.errors import BadInput
-from ptq.ledger import Ledger, write_json, write_tensors, write_whole
+from ptq.ledger import Ledger, refuse_existing, write_json, write_tensors, write_whole
 
 IDENTITY = {"recipe": "a", "model": "b"}
 STATES = [torch.arange(12.0).view(2, 3, 2), torch.full((1, 3, 2), 0.1, dtype=torch.float64)]
@@ -50,6 +51,29 @@ def test_finishing_leaves_the_output_alone_under_its_name(begun, tmp_path):
     (begun.folder / ".model.safetensors.tmp").write_bytes(b"half")
     begun.finish(tmp_path / "out")
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("out", [".", "/", ""])
+@pytest.mark.parametrize("resume", [False, True])
+def test_folders_without_a_name_exist_already(out, resume, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="exists already; choose another --out"):
+        Ledger.open(Path(out), IDENTITY, resume=resume)
+
+
+def test_a_manifest_left_in_the_output_is_removed_by_a_resume_only(begun, tmp_path):
+    out = tmp_path / "out"
+    begun.folder.rename(out)
+    with pytest.raises(BadInput, match="exists already"):
+        refuse_existing(out)
+    assert "ledger.json" in names(out)
+    with pytest.raises(BadInput, match="out: this run is complete, nothing is left to resume"):
+        refuse_existing(out, resume=True)
+    assert "ledger.json" not in names(out)
+    (out / "ledger.json").write_text('{"of": "somebody else"}')
+    with pytest.raises(BadInput, match="exists already"):
+        refuse_existing(out, resume=True)
+    assert "ledger.json" in names(out)
 
 
 def test_what_differs_is_named_with_both_values(begun, tmp_path):

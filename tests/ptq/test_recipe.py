@@ -81,7 +81,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(options, words):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_yaml_gives_the_recipe_back(method, tmp_path):
-    recipe = build(method=method, model="m", preset="W4A16", seed=3, clusters={"tile": 64}, weights={"groups": 32})
+    recipe = build(method=method, model="m", preset="W4A16", seed=3, clusters={"R1": 16}, weights={"groups": 32})
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_yaml(recipe), encoding="utf8")
     assert load_yaml(path) == recipe
@@ -136,3 +136,17 @@ def test_recipes_cannot_change_under_a_run():
     with pytest.raises(dataclasses.FrozenInstanceError):
         build().seed = 1
     assert to_dict(Recipe())["clusters"] == {"R1": 32, "R2": 4, "R3": 4, "R4": 32, "R5": 32, "tile": None}
+
+
+@pytest.mark.parametrize(
+    "options, field",
+    [
+        ({"method": "rtn", "activations": {"bits": 8, "grid": "cluster"}}, "activations.grid"),
+        ({"method": "gptq", "weights": {"bits": 4, "groups": "cluster"}}, "weights.groups"),
+        ({"method": "rtn", "clusters": {"tile": 64}}, "clusters.tile"),
+        ({"method": "group4", "activations": {"q_bits": 4}}, "activations.q_bits"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_not_ignored(options, field):
+    with pytest.raises(BadInput, match=field):
+        build(**options)

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from ptq.errors import BadInput, UnsupportedModel
@@ -106,6 +107,28 @@ def test_what_is_no_folder_and_no_hub_id(tmp_path):
             resolve(str(name))
     with pytest.raises(BadInput, match="no such folder, and the hub gave"):
         resolve("nobody/has-this-model", offline=True)
+
+
+def test_a_local_folder_has_no_revision(tmp_path):
+    assert resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(BadInput, match="a local folder has no revision 'v1'; leave --revision out"):
+        resolve(str(tmp_path), revision="v1")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_what_is_fetched_from_the_hub(trust, tmp_path, monkeypatch):
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    code = ["modeling_theirs.py"]
+    others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors", "model.bin", "onnx/run.py"]
+
+    def fetch(model, *, allow_patterns, ignore_patterns, **options):
+        files = [*wanted, *code, *others]
+        found = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        assert list(found) == wanted + code * trust
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert resolve("them/model", trust_remote_code=trust) == tmp_path
 
 
 def test_remote_code_does_not_run_unasked(model_folder, tmp_path):

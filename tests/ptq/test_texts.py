@@ -46,6 +46,13 @@ def test_ptb_sentences_are_stripped_and_joined_as_the_protocol_says(tmp_path, pr
     assert joined(text, PROTOCOLS[protocol][text.kind]) == f"no it was n't{join}but"
 
 
+def test_a_corrupt_gz_is_refused(tmp_path):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b"x")[:10] + b"\xff" * 20)  # a good header, then no deflate block
+    with pytest.raises(BadInput, match="a.json.gz: cannot be read as documents: Error -3"):
+        read_text(str(path))
+
+
 def test_every_document_format_gives_the_same_documents(tmp_path):
     documents = ["first\ndocument", "zweites, größer", "third"]
     lines = "\n".join(json.dumps({"text": d, "url": "x"}) for d in documents)

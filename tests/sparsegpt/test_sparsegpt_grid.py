@@ -57,6 +57,15 @@ def test_scales_beyond_float16_stay_float32(factor):
     assert (dequantize(encode(W, grid), grid) - W).abs().max() <= largest * 1.001
 
 
+def test_a_tiny_group_beside_normal_ones_keeps_float16():
+    W = weight(3, 8)
+    W[:, 4:] *= 1e-6
+    grid = fit_grid(W, torch.tensor([4, 4]), 4)
+    assert grid.scale.dtype == torch.float16 and (grid.scale > 0).all()
+    # Half a step of the floor, 2^-20, in the tiny group; the other is rounded as ever.
+    assert (dequantize(encode(W, grid), grid) - W)[:, 4:].abs().max() <= 2**-21
+
+
 def test_zero_group_is_exact_and_keeps_float16():
     W = weight(3, 10)
     W[1, 4:] = 0
