@@ -6,7 +6,6 @@ from typing import Any
 
 import lowbit
 import torch
-from lowbit.attention import NAME as ATTENTION
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -14,7 +13,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptq.architectures import FAMILIES, Spec
 from ptq.consistency import check_filled, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
-from ptq.kv import packed_kv_grids
 
 
 class PtqConfig(QuantizationConfigMixin):
@@ -47,7 +45,7 @@ class PtqQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         """Quantized probabilities need the attention function that quantizes them."""
         if self.quantization_config.softmax_bits < 16:  # set only for families whose attention is pluggable
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = _attention_name()
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -66,12 +64,14 @@ class PtqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_filled(model, model.name_or_path)
         check_packed(model, model.name_or_path)
-        if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != ATTENTION:
-            model.set_attn_implementation(ATTENTION)
+        if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != _attention_name():
+            model.set_attn_implementation(_attention_name())
+        from lowbit.cache import attach_packed_cache
+
+        from ptq.kv import packed_kv_grids
+
         grids = packed_kv_grids(model, spec_of(model.config), self.quantization_config.kv_bits)
         if grids is not None:
-            from lowbit.cache import attach_packed_cache
-
             attach_packed_cache(model, list(model.get_submodule(spec_of(model.config).blocks)), grids)
 
     def is_serializable(self) -> bool:
@@ -80,6 +80,13 @@ class PtqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _attention_name() -> str:
+    """Registers the attention function. Not at the top: this module is imported while transformers is, perhaps by lowbit."""
+    from lowbit.attention import NAME
+
+    return NAME
 
 
 def spec_of(config: Any) -> Spec:

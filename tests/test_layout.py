@@ -104,3 +104,15 @@ def test_tests_cannot_reach_the_network():
     with pytest.raises(AssertionError, match="tried to reach the network"):
         socket.create_connection(("192.0.2.1", 80), timeout=1)  # an address of no one
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    "first", ["lowbit.attention", "lowbit.cache", "transformers.modeling_utils", "ptq.hf_quantizer"]
+)
+def test_any_import_order_works_after_ptq(first):
+    # Registration runs while transformers is being imported: what it imports must not be what imported transformers.
+    code = (
+        f"import ptq, {first}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'ptq' in m"
+    )
+    done = python(code, ROOT, ROOT / "kernels")
+    assert done.returncode == 0, done.stderr
