@@ -111,6 +111,7 @@ def test_tests_cannot_reach_the_network():
 )
 def test_any_import_order_works_after_ptq(first):
     # Registration runs while transformers is being imported: what it imports must not be what imported transformers.
-    code = f"import ptq, {first}, transformers.modeling_utils; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'ptq' in m"
+    then = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'ptq' in known"
+    code = f"import ptq, {first}, transformers.modeling_utils; {then}"
     done = python(code, ROOT, ROOT / "kernels")
     assert done.returncode == 0, done.stderr
