@@ -55,6 +55,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     """Runs AFTER[name] once the module `name` has been imported."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """The module's own spec, its loader extended by AFTER[name]; None for every other module."""
         if name not in AFTER:
             return None
         sys.meta_path.remove(self)
