@@ -11,7 +11,7 @@ import torch
 from lowbit.modules import Linear, Norm
 from torch import nn
 
-from ptq.architectures import FusedQKV, Spec
+from ptq.architectures import Spec
 from ptq.errors import BadInput, UnsupportedModel
 from ptq.source import Checkpoint
 
@@ -180,8 +180,7 @@ def swap(parent: nn.Module, path: str, make) -> None:
 
 def linear_paths(spec: Spec) -> tuple[str, ...]:
     """Paths of every linear in a block, each once."""
-    qkv = (spec.qkv.module,) if isinstance(spec.qkv, FusedQKV) else spec.qkv
-    return (*qkv, spec.output, *spec.up, spec.down)
+    return (*spec.qkv_linears, spec.output, *spec.up, spec.down)
 
 
 def norm_paths(spec: Spec) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from lowbit.modules import Linear, Norm
 from torch import nn
 
 import rptq
-from ptq.architectures import FusedQKV, Geometry, Spec
+from ptq.architectures import Geometry, Spec
 from ptq.architectures.geometry import qkv_rows
 from ptq.errors import NumericalFailure
 
@@ -39,12 +39,11 @@ class OutputSite:
 
 def input_sites(spec: Spec) -> tuple[InputSite, ...]:
     """R1, R3, R4, R5 in the order a block computes them; a parallel block's one norm feeds R1 only."""
-    qkv = (spec.qkv.module,) if isinstance(spec.qkv, FusedQKV) else spec.qkv
     attention, down = InputSite("R3", (spec.output,), None), InputSite("R5", (spec.down,), None)
     if spec.mlp_norm is None:
-        return (InputSite("R1", (*qkv, *spec.up), spec.attention_norm), attention, down)
+        return (InputSite("R1", (*spec.qkv_linears, *spec.up), spec.attention_norm), attention, down)
     mlp = InputSite("R4", spec.up, spec.mlp_norm)
-    return (InputSite("R1", qkv, spec.attention_norm), attention, mlp, down)
+    return (InputSite("R1", spec.qkv_linears, spec.attention_norm), attention, mlp, down)
 
 
 def output_sites(spec: Spec, geometry: Geometry) -> tuple[OutputSite, ...]:

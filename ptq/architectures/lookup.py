@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ptq.architectures.families import FAMILIES
-from ptq.architectures.spec import FusedQKV, Spec
+from ptq.architectures.spec import Spec
 from ptq.errors import UnsupportedModel
 
 STUB = """\
@@ -47,9 +47,8 @@ def spec_for(config: Any, model: nn.Module | None = None) -> Spec:
 
 def block_paths(spec: Spec) -> tuple[str, ...]:
     """Every path inside a block that the spec names."""
-    qkv = (spec.qkv.module,) if isinstance(spec.qkv, FusedQKV) else spec.qkv
     norms = tuple(n for n in (spec.attention_norm, spec.mlp_norm) if n)
-    return norms + qkv + (spec.output,) + spec.up + (spec.down,) + (spec.head_norms or ())
+    return norms + spec.qkv_linears + (spec.output,) + spec.up + (spec.down,) + (spec.head_norms or ())
 
 
 def _check_paths(spec: Spec, model: nn.Module) -> None:

@@ -63,3 +63,8 @@ class Spec:
     returns_tuple: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     refuse: tuple[Refusal, ...] = ()
+
+    @property
+    def qkv_linears(self) -> tuple[str, ...]:
+        """Paths of the linears that make query, key and value: three, or the fused one."""
+        return (self.qkv.module,) if isinstance(self.qkv, FusedQKV) else self.qkv
