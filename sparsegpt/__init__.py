@@ -1,23 +1,38 @@
-"""The layer solver: a weight and its H in, quantized codes out. Tensors only, no model."""
+"""The layer solver: a weight and its H in, pruned or quantized weights out. Tensors only, no model."""
 
+from sparsegpt.admm import admm, alps
 from sparsegpt.errors import SolveError
 from sparsegpt.factor import Factor, activation_order, factor
 from sparsegpt.grid import WeightGrid, dequantize, encode, fit_grid, quantize_codes
 from sparsegpt.nearest import round_to_nearest
+from sparsegpt.pattern import Pattern, lowest
+from sparsegpt.prune import METHODS, prune
+from sparsegpt.refine import refine
+from sparsegpt.scores import choose
 from sparsegpt.solution import Solution
 from sparsegpt.solve import solve
+from sparsegpt.sweep import sweep
 
 __all__ = [
+    "METHODS",
     "Factor",
+    "Pattern",
     "Solution",
     "SolveError",
     "WeightGrid",
     "activation_order",
+    "admm",
+    "alps",
+    "choose",
     "dequantize",
     "encode",
     "factor",
     "fit_grid",
+    "lowest",
+    "prune",
     "quantize_codes",
+    "refine",
     "round_to_nearest",
     "solve",
+    "sweep",
 ]

@@ -83,6 +83,15 @@ def factor(H: Tensor, *, damp: float = 0.01, order: Tensor | None = None) -> Fac
     )
 
 
+def damped(H: Tensor, damp: float) -> Tensor:
+    """H + lambda I with the lambda and the dead channels of `factor`: float [C, C] -> a new [C, C]."""
+    diagonal = H.diagonal()
+    dead = diagonal == 0
+    H = H.clone()
+    H.diagonal().masked_fill_(dead, 1).add_(damp * diagonal[~dead].double().mean().item())
+    return H
+
+
 def _cholesky(A: Tensor, undamped: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
     """Lower factor of A with `undamped` + damping on the diagonal, None if there is none. A's own diagonal is scratch."""
     damped = A.to(dtype)

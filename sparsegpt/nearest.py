@@ -19,8 +19,9 @@ def round_to_nearest(
     codes = encode(W, grid)
     weight = dequantize(codes, grid)
     if factor is None:
-        return Solution(codes, grid, weight, None, None)
+        return Solution(weight, codes=codes, grid=grid)
     if W.shape[1] != factor.order.numel():
         raise ValueError(f"W has {W.shape[1]} columns, the factor {factor.order.numel()}: both must read one input")
     loss = energy(by_step(W.float() - weight, factor), factor)
-    return Solution(codes, grid, weight, loss, relative(loss, energy(by_step(W, factor), factor)))
+    error = relative(loss, energy(by_step(W, factor), factor))
+    return Solution(weight, codes=codes, grid=grid, loss=loss, relative_error=error)

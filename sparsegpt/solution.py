@@ -16,17 +16,19 @@ BLOCK = 512
 class Solution:
     """A compressed weight, in the original column order.
 
-    codes: uint8 [R, C]. grid: its WeightGrid. weight: float32 [R, C], exactly dequantize(codes, grid).
+    weight: float32 [R, C]. mask: bool [R, C], False where pruned, None where nothing was to be pruned.
+    codes: uint8 [R, C] and grid: its WeightGrid, weight being exactly dequantize(codes, grid); None without quantization.
     loss: ||(W - weight) V||_F^2 over live channels, which is tr((W - weight)(H + lambda I)(W - weight)^T): damping is
     included, units are those of H. relative_error: loss / ||W V||_F^2, 0 for W = 0,
     over evenly spaced rows where there are more than 2048. Both None when no factor was given.
     """
 
-    codes: Tensor
-    grid: WeightGrid
     weight: Tensor
-    loss: float | None
-    relative_error: float | None
+    mask: Tensor | None = None
+    codes: Tensor | None = None
+    grid: WeightGrid | None = None
+    loss: float | None = None
+    relative_error: float | None = None
 
 
 def by_step(D: Tensor, factor: Factor) -> Tensor:

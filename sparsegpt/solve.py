@@ -1,19 +1,22 @@
-"""GPTQ's column sweep (arXiv 2210.17323, Alg. 1) driven by V instead of the Cholesky factor of H^-1.
+"""GPTQ's and SparseGPT's column sweep (arXiv 2210.17323 and 2301.00774, Alg. 1), driven by V instead of the Cholesky factor of H^-1.
 
-With D = W - W_hat, tr(D H D^T) = ||D V||_F^2, and U = V^-1 is the factor that GPTQ uses. A block of columns starts from
-W + (D_before V_before,block) inv(V_block), which reads only finished columns, and inside the block the usual
-right-looking update runs: e = w - quant(w), W1[:, i:] -= e (x) U[i, i:] / U_ii.
+With D = W - W_hat, tr(D H D^T) = ||D V||_F^2, and U = V^-1 is the factor that both papers use. A block of columns starts from
+W + (D_before V_before,block) inv(V_block), which reads only finished columns, and inside the block the usual right-looking
+update runs: e = w - w_hat, W1[:, i:] -= e (x) U[i, i:] / U_ii. The saliency w^2 / [H^-1]_ii of a weight is w^2 V_ii^2.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from sparsegpt import pattern as patterns
 from sparsegpt.factor import Factor
 from sparsegpt.grid import WeightGrid, dequantize, fit_grid, group_index
+from sparsegpt.pattern import Budget, Pattern
 from sparsegpt.solution import Solution, by_step, energy, relative
+from sparsegpt.sweep import sweep as torch_sweep
 
-# Columns that see each other's error at once; those further right in the block get one matrix product per SPAN columns.
-SPAN = 16
 # The reference of the relative error costs as much as the sweep's own products; above twice this many rows, every n-th will do.
 REFERENCE_ROWS = 1024
 
@@ -22,73 +25,154 @@ def solve(
     W: Tensor,
     factor: Factor,
     *,
-    sizes: Tensor,
-    bits: int,
+    pattern: Pattern | None = None,
+    mask: Tensor | None = None,
+    sizes: Tensor | None = None,
+    bits: int | None = None,
+    fitted_to: Tensor | None = None,
+    parts: Sequence[int] | None = None,
     update_block: int = 128,
     scale_dtype: torch.dtype = torch.float16,
+    sweep: Callable = torch_sweep,
+    lowest: Callable = patterns.lowest,
 ) -> Solution:
-    """Quantize W float [R, C] column by column in factor.order, each column absorbing the error of those before it.
+    """Prune, quantize, or both in one sweep: W float [R, C] column by column in factor.order, each absorbing the errors before it.
 
-    sizes: int64 [G], contiguous column groups with one grid per row, all fitted to W before the sweep. bits: 2..8. Rows
-    do not interact, so weights that share an input may be stacked along R. Arithmetic is float32 whatever W is.
-    A dead channel is rounded to nearest: it takes no error from the others and gives them none.
-    Raises ValueError for W that is not a finite matrix of factor's width, bits outside 2..8, bad sizes or update_block.
+    pattern: choose the mask on the way (SparseGPT). mask: bool [R, C], a mask from elsewhere, False is pruned. Neither: GPTQ.
+    bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted before the sweep to
+    `fitted_to` (by default W). parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one
+    weight). sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
+    Arithmetic is float32 whatever W is. A dead channel takes no error from the others and gives them none; it is rounded to
+    nearest, and zeroed where weights are pruned, beside the budget.
+    Raises ValueError for W that is not a finite matrix of factor's width, or arguments that do not fit it or each other.
     """
-    if update_block < 1:
-        raise ValueError(f"update_block must be at least 1, got {update_block}")
-    grid = fit_grid(W, sizes, bits, scale_dtype=scale_dtype)
+    grid = fit_grid(W if fitted_to is None else fitted_to, sizes, bits, scale_dtype=scale_dtype) if bits else None
+    parts = [W.shape[0]] if parts is None else list(parts)
+    _check(W, factor, pattern, mask, sizes, bits, parts, update_block)
     R, C = W.shape
-    if C != factor.order.numel():
-        raise ValueError(f"W has {C} columns, the factor {factor.order.numel()}: both must read one input")
     columns = by_step(W, factor)  # [C, R], turns from W into D = W - W_hat block by block
+    kept = _given_mask(W, factor, pattern, mask)
     sampled = slice(None, None, max(1, R // REFERENCE_ROWS))
     reference = energy(columns[:, sampled], factor)
-    codes = torch.empty(C, R, dtype=torch.uint8, device=W.device)
+    values = torch.empty(C, R, dtype=torch.uint8 if grid else torch.float32, device=W.device)
     loss = torch.zeros(R, dtype=torch.float64, device=W.device)
-    for start in range(0, C, update_block):
-        loss += _solve_block(columns, codes, slice(start, min(start + update_block, C)), factor, grid)
+    budget = Budget(pattern, parts, lowest) if pattern is not None and pattern.sparsity is not None else None
+    keep = pattern.keep if pattern is not None else None
+    if keep is not None:
+        update_block = max(1, update_block // keep[1]) * keep[1]
+    for mask_block in _blocks(C, _mask_columns(pattern, C, update_block)):
+        W1 = None
+        if budget is not None:
+            W1 = _compensated(columns, factor, mask_block)
+            _choose(W1, kept, factor, mask_block, budget)
+        for block in _blocks(mask_block.stop, update_block, mask_block.start):
+            if W1 is None or W1.shape[0] != block.stop - block.start:
+                W1 = _compensated(columns, factor, block)
+            loss += _solve_block(W1, columns, values, kept, block, factor, grid, keep, sweep)
+            W1 = None
     del columns
-    codes = codes[torch.argsort(factor.order)].t().contiguous()  # [C, R] by step -> [R, C] by channel
-    error = relative(loss[sampled].sum().item(), reference)
-    return Solution(codes, grid, dequantize(codes, grid), loss.sum().item(), error)
+    by_channel = torch.argsort(factor.order)
+    values = values[by_channel].t().contiguous()  # [C, R] by step -> [R, C] by channel
+    return Solution(
+        weight=dequantize(values, grid) if grid else values,
+        mask=None if kept is None else kept[by_channel].t().contiguous(),
+        codes=values if grid else None,
+        grid=grid,
+        loss=loss.sum().item(),
+        relative_error=relative(loss[sampled].sum().item(), reference),
+    )
 
 
-def _solve_block(columns: Tensor, codes: Tensor, block: slice, factor: Factor, grid: WeightGrid) -> Tensor:
-    """Finish one block of `columns` and `codes` in place; return each row's share of ||D V||_F^2, float64 [R]."""
+def _solve_block(W1, columns, values, kept, block: slice, factor: Factor, grid: WeightGrid | None, keep, sweep) -> Tensor:
+    """Finish one block of `columns`, `values` and `kept` in place; return each row's share of ||D V||_F^2, float64 [R]."""
     V = factor.V[block, block]
-    U = torch.linalg.solve_triangular(V, torch.eye(V.shape[0], dtype=V.dtype, device=V.device), upper=True)
-    channels = factor.order[block]
-    group = group_index(grid.sizes, factor.order.numel())[channels]
-    scale = grid.scale.t()[group].float()  # [block, R]
-    zero = grid.zero.t()[group]  # [block, R]
-
-    carried = factor.V[: block.start, block].t() @ columns[: block.start]  # [block, R]
-    W1 = torch.addmm(columns[block], U.t(), carried)
+    U = _inverse(V)
     # Row i of U over U_ii, without the diagonal: what one unit of error in column i moves in the columns after it.
     steps = (U / U.diagonal()[:, None]).triu_(1)
-    levels, errors = _sweep(W1, steps, scale, -zero, 2**grid.bits - 1 - zero)
-
-    codes[block] = levels + zero
-    columns[block] -= levels.mul_(scale)
-    weight = V.diagonal().double().square() * ~factor.dead[channels]
+    score = V.diagonal().square()
+    options = {"mask": None if kept is None else kept[block], "keep": keep, "score": None if keep is None else score}
+    channels = factor.order[block]
+    if grid:
+        group = group_index(grid.sizes, factor.order.numel())[channels]
+        scale = grid.scale.t()[group].float()  # [block, R]
+        zero = grid.zero.t()[group]  # [block, R]
+        options |= {"scale": scale, "low": -zero, "high": 2**grid.bits - 1 - zero}
+    final, chosen, errors = sweep(W1, steps, **options)
+    if keep is not None:
+        kept[block] = chosen
+    if grid:
+        values[block] = final + zero
+        final = final * scale
+    else:
+        values[block] = final
+    columns[block] -= final
+    weight = score.double() * ~factor.dead[channels]
     return weight @ errors.square_().double()
 
 
-def _sweep(W1: Tensor, steps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the rows of W1 [block, R] in turn, passing errors on; W1 is used up.
+def _compensated(columns: Tensor, factor: Factor, block: slice) -> Tensor:
+    """The block's weights after the errors of every column before it, float32 [b, R]."""
+    carried = factor.V[: block.start, block].t() @ columns[: block.start]  # [b, R]
+    return torch.addmm(columns[block], _inverse(factor.V[block, block]).t(), carried)
 
-    Returns levels (code - zero) and errors (compensated weight - rounded weight), both [block, R].
-    """
-    levels, errors = torch.empty_like(W1), torch.empty_like(W1)
-    for start in range(0, W1.shape[0], SPAN):
-        stop = min(start + SPAN, W1.shape[0])
-        span = W1[start:stop]
-        # unbind makes every row view in one call; `step` is zero up to its own column, so the update needs no slicing.
-        rows = [tensor[start:stop].unbind(0) for tensor in (W1, scale, low, high, levels, errors)]
-        for w, s, lo, hi, level, error, step in zip(*rows, steps[start:stop, start:stop].unbind(0), strict=True):
-            torch.div(w, s, out=level)
-            torch.clamp(level.round_(), lo, hi, out=level)
-            torch.addcmul(w, level, s, value=-1, out=error)
-            span.addr_(step, error, alpha=-1)
-        W1[stop:].addmm_(steps[start:stop, stop:].t(), errors[start:stop], alpha=-1)
-    return levels, errors
+
+def _inverse(V: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(V, torch.eye(V.shape[0], dtype=V.dtype, device=V.device), upper=True)
+
+
+def _choose(W1: Tensor, kept: Tensor, factor: Factor, block: slice, budget: Budget) -> None:
+    """Mark in kept[block] the weights of the lowest saliency w^2 / [H^-1]_ii as pruned (arXiv 2301.00774, eq. 3)."""
+    saliency = W1.square() * factor.V.diagonal()[block].square()[:, None]
+    zeros = ~kept[block] if budget.pattern.preserve else None
+    kept[block] = ~budget.choose(saliency, zeros, factor.dead[factor.order[block]])
+
+
+def _given_mask(W: Tensor, factor: Factor, pattern: Pattern | None, mask: Tensor | None) -> Tensor | None:
+    """What is kept before anything was chosen, bool [C, R] by step; None where nothing will be pruned."""
+    if pattern is None and mask is None:
+        return None
+    if mask is not None:
+        kept = mask.to(W.device)
+    else:
+        kept = W != 0 if pattern.preserve else torch.ones_like(W, dtype=torch.bool)
+    kept = kept.t().index_select(0, factor.order)  # [R, C] -> [C, R] by step
+    kept[factor.dead[factor.order]] = False
+    return kept
+
+
+def _mask_columns(pattern: Pattern | None, C: int, update_block: int) -> int:
+    if pattern is None or pattern.sparsity is None:
+        return update_block
+    return C if pattern.scope == "layer" else pattern.block
+
+
+def _blocks(stop: int, width: int, start: int = 0) -> list[slice]:
+    return [slice(i, min(i + width, stop)) for i in range(start, stop, width)]
+
+
+def _check(W, factor, pattern, mask, sizes, bits, parts, update_block) -> None:
+    if W.ndim != 2 or not W.is_floating_point():
+        raise ValueError(f"W must be a float matrix [R, C], got {W.dtype} {list(W.shape)}: reshape or cast it")
+    if not torch.isfinite(W).all():
+        raise ValueError(f"W {list(W.shape)} holds NaN or Inf: look at the checkpoint")
+    if update_block < 1:
+        raise ValueError(f"update_block must be at least 1, got {update_block}")
+    R, C = W.shape
+    if C != factor.order.numel():
+        raise ValueError(f"W has {C} columns, the factor {factor.order.numel()}: both must read one input")
+    if (bits is None) != (sizes is None):
+        raise ValueError(f"bits and sizes go together, got bits {bits} and sizes {sizes}")
+    if sum(parts) != R or min(parts, default=0) < 0:
+        raise ValueError(f"parts {parts} must add up to the {R} rows of W")
+    if mask is not None and (pattern is not None or mask.shape != W.shape or mask.dtype != torch.bool):
+        got = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"mask must be bool {list(W.shape)} and come without a pattern, got {got}, pattern {pattern}")
+    if pattern is not None and pattern.keep is not None and not _groups_whole(factor.order, pattern.keep[1]):
+        raise ValueError(f"the processing order splits groups of {pattern.keep[1]} channels: factor H with order=None")
+
+
+def _groups_whole(order: Tensor, m: int) -> bool:
+    """Whether each m consecutive steps are m consecutive channels of one group (the tail last)."""
+    starts = order[::m]
+    steps = torch.arange(order.numel(), device=order.device) % m
+    return bool((starts % m == 0).all()) and torch.equal(order, starts.repeat_interleave(m)[: order.numel()] + steps)
