@@ -31,21 +31,21 @@ def admm(
     """Short ADMM with a doubling penalty: `iterations` at each of `doublings` values of rho (H with a unit diagonal).
 
     W float [R, C], H float [C, C] = sum x x^T (any multiple). start: [R, C], the first Z, by default W projected. parts: rows of
-    each of the weights stacked in W; each has its own threshold.
+    each of the weights stacked in W; each has its own threshold, or each row with scope "row".
     Returns (weight float32 [R, C], mask bool [R, C]); refine the weight, ADMM leaves it short of the optimum on its mask.
     Costs `doublings` inversions of H and one product [R, C] x [C, C] an iteration.
     """
     problem = _scaled(W, H, pattern, damp, parts)
-    Z = problem.project(problem.W) if start is None else start.float() * problem.scale
+    Z, mask = problem.project(problem.W if start is None else start.float() * problem.scale)
     U = torch.zeros_like(Z)
     eye = torch.eye(W.shape[1], device=W.device)
     for _ in range(doublings):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.H + rho * eye))
         for _ in range(iterations):
-            Z, U = problem.step(Z, U, rho, lambda A, inverse=inverse: A @ inverse)
+            Z, U, mask = problem.step(Z, U, rho, lambda A, inverse=inverse: A @ inverse)
         # rho U is the multiplier, which stays as rho grows.
         rho, U = 2 * rho, U / 2
-    return problem.solution(Z)
+    return Z / problem.scale + 0.0, mask  # + 0.0 turns -0.0 into 0.0
 
 
 def alps(
@@ -54,7 +54,7 @@ def alps(
     pattern: Pattern,
     *,
     damp: float = 0.01,
-    rho: float = 0.1,
+    rho: float = 0.03,
     rounds: int = 100,
     parts: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -64,20 +64,20 @@ def alps(
     eigendecomposition of H, then two products an iteration whatever rho is.
     """
     problem = _scaled(W, H, pattern, damp, parts)
-    Z = problem.project(problem.W)
+    Z, mask = problem.project(problem.W)
     U = torch.zeros_like(Z)
     eigenvalues, Q = torch.linalg.eigh(problem.H)
-    target = int((Z != 0).sum())
+    target = int(mask.sum())
     for _ in range(rounds):
-        before = Z != 0
+        before = mask
         for _ in range(3):
-            Z, U = problem.step(Z, U, rho, lambda A, rho=rho: ((A @ Q) / (eigenvalues + rho)) @ Q.t())
-        moved = int((before ^ (Z != 0)).sum())
+            Z, U, mask = problem.step(Z, U, rho, lambda A, rho=rho: ((A @ Q) / (eigenvalues + rho)) @ Q.t())
+        moved = int((before ^ mask).sum())
         if moved == 0:
             break
         growth = 1.3 if moved >= 0.1 * target else 1.2 if moved >= 0.005 * target else 1.1
         rho, U = rho * growth, U / growth
-    return problem.solution(Z)
+    return Z / problem.scale + 0.0, mask  # + 0.0 turns -0.0 into 0.0
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class _Scaled:
     H: Tensor
     target: Tensor
     scale: Tensor
-    project: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], tuple[Tensor, Tensor]]
 
-    def step(self, Z: Tensor, U: Tensor, rho: float, solve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, Z: Tensor, U: Tensor, rho: float, solve: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next Z and U, and the mask of Z."""
         U = U + solve(self.target + rho * (Z - U))  # X + U
-        Z = self.project(U)
-        return Z, U.sub_(Z)
-
-    def solution(self, Z: Tensor) -> tuple[Tensor, Tensor]:
-        return Z / self.scale + 0.0, Z != 0
+        Z, mask = self.project(U)
+        return Z, U.sub_(Z), mask
 
 
 def _scaled(W: Tensor, H: Tensor, pattern: Pattern, damp: float, parts: list[int] | None) -> _Scaled:
@@ -105,9 +105,10 @@ def _scaled(W: Tensor, H: Tensor, pattern: Pattern, damp: float, parts: list[int
     scale = damped_H.diagonal().sqrt()
     fixed = (W == 0) | dead if pattern.preserve else dead.expand_as(W)
 
-    def project(X: Tensor) -> Tensor:
+    def project(X: Tensor) -> tuple[Tensor, Tensor]:
         X = X.masked_fill(fixed, 0)
-        return X * choose(X, None, pattern, method="magnitude", parts=parts, dead=dead)
+        mask = choose(X, None, pattern, method="magnitude", parts=parts, dead=dead)
+        return X * mask, mask
 
     scaled_H = damped_H.div_(scale[:, None]).div_(scale)
     scaled_W = W.float() * scale

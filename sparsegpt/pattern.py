@@ -100,8 +100,7 @@ class Budget:
 
     def _choose_part(self, score: Tensor, i: int, live: Tensor) -> Tensor:
         by_row = self.pattern.scope == "row"
-        share = self.pattern.sparsity * self.live
-        target = round(share) if by_row else round(share * self.parts[i])
+        target = round(self.pattern.sparsity * (1 if by_row else self.parts[i]) * self.live)
         existing = (score < 0).sum(0).cpu() if by_row else (score < 0).sum().cpu()[None]
         most = int(live.sum()) * (1 if by_row else self.parts[i])
         count = (target - self.placed[i]).clamp(min=0).maximum(existing).clamp(max=most)

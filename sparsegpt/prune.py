@@ -1,6 +1,7 @@
 """The pruning methods by name: a weight and its H in, mask and values out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def _by_alps(W, H, factor, pattern, parts, kernels):
     return alps(W, H, pattern, damp=factor.damp, parts=parts)
 
 
+SCORES = ("wanda", "magnitude")
 METHODS: dict[str, Callable] = {
     "sparsegpt": _by_sweep,
     "admm": _by_admm,
@@ -61,8 +63,10 @@ def prune(
 ) -> Solution:
     """Prune W float [R, C] by `method` (METHODS), then refine, then quantize on the mask.
 
-    H float [C, C], factor its `factor`. refine_steps: conjugate gradient steps on the kept weights. bits, sizes: as for `solve`;
-    the grids are fitted to the pruned and refined weights, and one sweep quantizes with the mask fixed (arXiv 2301.00774, eq. 7).
+    H float [C, C], factor its `factor`. refine_steps: conjugate gradient steps on the kept weights. bits, sizes: as for `solve`: one
+    more sweep with the mask fixed (arXiv 2301.00774, eq. 7), whose target and grids are the pruned weights where these make up
+    for what is gone: at the least-squares optimum W_r on the mask the error of any Q with that mask splits into that of W_r and
+    tr((W_r - Q) H (W_r - Q)^T). Weights that only lost some of their number (SCORES, not refined) are swept from W instead.
     parts: rows of the weights stacked in W, each with its own budget. kernels: `sweep` and `lowest` as for `solve`.
     Raises ValueError for an unknown method and what `solve`, `choose` and `refine` refuse.
     """
@@ -71,8 +75,10 @@ def prune(
     weight, mask = METHODS[method](W, H, factor, pattern, parts, kernels)
     if refine_steps:
         weight = refine(W, weight, mask, H, steps=refine_steps, damp=factor.damp)
+    compensated = refine_steps > 0 or method not in SCORES
+    found = Solution(weight, mask=mask)
     if bits is not None:
-        return solve(W, factor, mask=mask, bits=bits, sizes=sizes, fitted_to=weight, **kernels)
-    loss = energy(by_step(W.float() - weight, factor), factor)
+        found = solve(weight if compensated else W, factor, mask=mask, bits=bits, sizes=sizes, **kernels)
+    loss = energy(by_step(W.float() - found.weight, factor), factor)
     error = relative(loss, energy(by_step(W, factor), factor))
-    return Solution(weight, mask=mask, loss=loss, relative_error=error)
+    return replace(found, loss=loss, relative_error=error)

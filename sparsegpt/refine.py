@@ -19,19 +19,20 @@ def refine(W: Tensor, weight: Tensor, mask: Tensor, H: Tensor, *, steps: int, da
         raise ValueError(f"W, weight, mask [R, C] and H [C, C] must fit, got {shapes}")
     H = damped(H.float(), damp)
     inverse = 1 / H.diagonal()
-    x = weight.float().clone()
+    x = weight.float() * mask
     r = ((W.float() - x) @ H).mul_(mask)  # minus half the gradient, [R, C]
     z = r * inverse
     p = z.clone()
     rz = (r * z).sum(1, keepdim=True)  # [R, 1]
+    # Below its rounding a residual is noise, and steps along it grow without bound: such a row has converged.
+    floor = rz * torch.finfo(rz.dtype).eps ** 2
     for _ in range(steps):
         q = (p @ H).mul_(mask)
         curvature = (p * q).sum(1, keepdim=True)
-        # A row that has converged has no direction left: 0 / 0 is a step of 0.
-        alpha = torch.where(curvature > 0, rz / curvature, 0)
+        alpha = torch.where((rz > floor) & (curvature > 0), rz / curvature, 0)
         x.addcmul_(alpha, p)
         r.addcmul_(alpha, q, value=-1)
         torch.mul(r, inverse, out=z)
         previous, rz = rz, (r * z).sum(1, keepdim=True)
-        p.mul_(torch.where(previous > 0, rz / previous, 0)).add_(z)
+        p.mul_(torch.where(rz > floor, rz / previous, 0)).add_(z)
     return x.mul_(mask).add_(0.0)  # + 0.0 turns -0.0 into 0.0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.pattern import Pattern, lowest, lowest_in_columns, lowest_in_groups
+from sparsegpt.solution import check_finite
 
 
 def choose(
@@ -20,14 +21,15 @@ def choose(
 ) -> Tensor:
     """Mask bool [R, C] of W float [R, C], True is kept.
 
-    method "magnitude": |W|, one threshold over each part (a weight of the stack; by default W is one). "wanda"
+    method "magnitude": |W|, one threshold over each part (a weight of the stack; by default W is one), or a row with scope "row". "wanda"
     (arXiv 2306.11695, eq. 1): |W| sqrt(H_jj), one threshold a row; H float [C, C], any positive multiple of sum x x^T. dead: bool [C],
     channels to prune beside the budget, by default those with H_jj = 0 under wanda and none under magnitude. With `keep` both
     compare inside groups. Ties: the lower channel is pruned first.
-    Raises ValueError for an unknown method, or an H that does not fit.
+    Raises ValueError for an unknown method, NaN or Inf in W, or an H that does not fit.
     """
     if method not in ("magnitude", "wanda"):
         raise ValueError(f"method must be magnitude or wanda, got {method!r}")
+    check_finite(W)
     C = W.shape[1]
     score = W.t().float().abs()  # [C, R]
     if method == "wanda":
@@ -54,7 +56,7 @@ def choose(
 def _share(score: Tensor, pattern: Pattern, live: int, method: str, parts: list[int], lowest) -> Tensor:
     """The exact share of each row (wanda) or each part (magnitude) of score [C, R] that goes; what is below 0 always goes."""
     zeros = (score < 0).sum(0)  # [R]
-    if method == "wanda":
+    if method == "wanda" or pattern.scope == "row":
         return lowest_in_columns(score, zeros.clamp(min=round(pattern.sparsity * live)))
     pieces = zip(score.split(parts, 1), zeros.split(parts))
-    return torch.cat([lowest(s, max(round(pattern.sparsity * live * s.shape[1]), int(z.sum()))) for s, z in pieces], 1)
+    return torch.cat([lowest(s, max(round(pattern.sparsity * s.shape[1] * live), int(z.sum()))) for s, z in pieces], 1)

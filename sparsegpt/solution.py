@@ -31,6 +31,12 @@ class Solution:
     relative_error: float | None = None
 
 
+def check_finite(W: Tensor) -> None:
+    """ValueError unless every weight is a finite float32 (a float64 may be beyond it)."""
+    if not torch.isfinite(W.float()).all():
+        raise ValueError(f"W {list(W.shape)} holds NaN, Inf or values beyond float32: look at the checkpoint")
+
+
 def by_step(D: Tensor, factor: Factor) -> Tensor:
     """D [R, C] laid out for the sweep: float32 [C, R], a fresh copy, one contiguous row for each processing step."""
     return D.t().index_select(0, factor.order).float()  # [C, R]

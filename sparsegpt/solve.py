@@ -14,7 +14,7 @@ from sparsegpt import pattern as patterns
 from sparsegpt.factor import Factor
 from sparsegpt.grid import WeightGrid, dequantize, fit_grid, group_index
 from sparsegpt.pattern import Budget, Pattern
-from sparsegpt.solution import Solution, by_step, energy, relative
+from sparsegpt.solution import Solution, by_step, check_finite, energy, relative
 from sparsegpt.sweep import sweep as torch_sweep
 
 # The reference of the relative error costs as much as the sweep's own products; above twice this many rows, every n-th will do.
@@ -29,7 +29,6 @@ def solve(
     mask: Tensor | None = None,
     sizes: Tensor | None = None,
     bits: int | None = None,
-    fitted_to: Tensor | None = None,
     parts: Sequence[int] | None = None,
     update_block: int = 128,
     scale_dtype: torch.dtype = torch.float16,
@@ -39,16 +38,15 @@ def solve(
     """Prune, quantize, or both in one sweep: W float [R, C] column by column in factor.order, each absorbing the errors before it.
 
     pattern: choose the mask on the way (SparseGPT). mask: bool [R, C], a mask from elsewhere, False is pruned. Neither: GPTQ.
-    bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted before the sweep to
-    `fitted_to` (by default W). parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one
-    weight). sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
+    bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted to W before the sweep.
+    parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one weight). sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
     Arithmetic is float32 whatever W is. A dead channel takes no error from the others and gives them none; it is rounded to
     nearest, and zeroed where weights are pruned, beside the budget.
     Raises ValueError for W that is not a finite matrix of factor's width, or arguments that do not fit it or each other.
     """
-    grid = fit_grid(W if fitted_to is None else fitted_to, sizes, bits, scale_dtype=scale_dtype) if bits else None
     parts = [W.shape[0]] if parts is None else list(parts)
     _check(W, factor, pattern, mask, sizes, bits, parts, update_block)
+    grid = None if bits is None else fit_grid(W, sizes, bits, scale_dtype=scale_dtype)
     R, C = W.shape
     columns = by_step(W, factor)  # [C, R], turns from W into D = W - W_hat block by block
     kept = _given_mask(W, factor, pattern, mask)
@@ -83,12 +81,14 @@ def solve(
     )
 
 
-def _solve_block(W1, columns, values, kept, block: slice, factor: Factor, grid: WeightGrid | None, keep, sweep) -> Tensor:
+def _solve_block(
+    W1, columns, values, kept, block: slice, factor: Factor, grid: WeightGrid | None, keep, sweep
+) -> Tensor:
     """Finish one block of `columns`, `values` and `kept` in place; return each row's share of ||D V||_F^2, float64 [R]."""
     V = factor.V[block, block]
     U = _inverse(V)
     # Row i of U over U_ii, without the diagonal: what one unit of error in column i moves in the columns after it.
-    steps = (U / U.diagonal()[:, None]).triu_(1)
+    steps = (U / U.diagonal()[:, None]).triu_(1).contiguous()
     score = V.diagonal().square()
     options = {"mask": None if kept is None else kept[block], "keep": keep, "score": None if keep is None else score}
     channels = factor.order[block]
@@ -153,8 +153,7 @@ def _blocks(stop: int, width: int, start: int = 0) -> list[slice]:
 def _check(W, factor, pattern, mask, sizes, bits, parts, update_block) -> None:
     if W.ndim != 2 or not W.is_floating_point():
         raise ValueError(f"W must be a float matrix [R, C], got {W.dtype} {list(W.shape)}: reshape or cast it")
-    if not torch.isfinite(W).all():
-        raise ValueError(f"W {list(W.shape)} holds NaN or Inf: look at the checkpoint")
+    check_finite(W)
     if update_block < 1:
         raise ValueError(f"update_block must be at least 1, got {update_block}")
     R, C = W.shape
@@ -167,12 +166,16 @@ def _check(W, factor, pattern, mask, sizes, bits, parts, update_block) -> None:
     if mask is not None and (pattern is not None or mask.shape != W.shape or mask.dtype != torch.bool):
         got = f"{mask.dtype} {list(mask.shape)}"
         raise ValueError(f"mask must be bool {list(W.shape)} and come without a pattern, got {got}, pattern {pattern}")
+    if pattern is None and mask is None and bits is None:
+        raise ValueError("nothing to do: give a pattern, a mask, or bits and sizes")
     if pattern is not None and pattern.keep is not None and not _groups_whole(factor.order, pattern.keep[1]):
         raise ValueError(f"the processing order splits groups of {pattern.keep[1]} channels: factor H with order=None")
 
 
 def _groups_whole(order: Tensor, m: int) -> bool:
-    """Whether each m consecutive steps are m consecutive channels of one group (the tail last)."""
-    starts = order[::m]
-    steps = torch.arange(order.numel(), device=order.device) % m
-    return bool((starts % m == 0).all()) and torch.equal(order, starts.repeat_interleave(m)[: order.numel()] + steps)
+    """Whether each m consecutive steps hold the channels of one group, the tail's last."""
+    whole = order.numel() - order.numel() % m
+    groups = order.div(m, rounding_mode="floor")
+    return torch.equal(groups[:whole], groups[:whole:m].repeat_interleave(m)) and bool(
+        (groups[whole:] == whole // m).all()
+    )

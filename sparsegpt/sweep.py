@@ -6,7 +6,7 @@ arXiv 2301.00774, Alg. 1 with eq. 7: weight i is pruned or rounded, and its erro
 import torch
 from torch import Tensor
 
-from sparsegpt.pattern import lowest_in_columns, kept_of_tail
+from sparsegpt.pattern import kept_of_tail, lowest_in_columns
 
 # Columns that see each other's error at once; those further right in the block get one matrix product per SPAN columns.
 SPAN = 16
