@@ -5,7 +5,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 . .venv/bin/activate
 stamp=.venv/installed-from
-want=$(cat pyproject.toml scripts/constraints.txt | sha256sum)
+want=$(cat pyproject.toml setup.py kernels/lowbit/cpu/*.{h,cpp} scripts/constraints.txt | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt --editable ".[test]"
   echo "$want" > "$stamp"

@@ -7,6 +7,7 @@ from lowbit.backend import operation, register_backend
 from lowbit.group4 import Group4
 from lowbit.modules import ActivationQuantizer, Linear, Norm, build
 from lowbit.packing import pack, packed_length, unpack
+from lowbit.sweep import sweep
 
 __all__ = [
     "ActivationQuantizer",
@@ -18,5 +19,6 @@ __all__ = [
     "pack",
     "packed_length",
     "register_backend",
+    "sweep",
     "unpack",
 ]

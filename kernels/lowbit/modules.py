@@ -15,6 +15,7 @@ from lowbit.backend import operation
 from lowbit.group4 import Group4, decompress
 from lowbit.group4 import compress as group4_compress
 from lowbit.packing import pack
+from lowbit.sparse import bitmask_encode, index_bytes, nm_encode, slots_per_row
 
 GROUP4 = 64
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -73,6 +74,12 @@ class Linear(nn.Module):
     Buffers at bits < 16: `weight_packed` uint8 [R, ceil(C bits/8)], `weight_scale` [R, G], `weight_zero` uint8 [R, ceil(G bits/8)],
     `weight_groups` int32 [G]. With codec "group4": `weight_packed`, `weight_scale`, `weight_minimum` of FlexGen's codec along R.
     At 16 bits: `weight` [R, C]. `bias` [R] or None. `input_quantizer` acts on x, `output_quantizer` on y (queries, keys, values).
+
+    `sparse` says how zeros are left out (lowbit.sparse), None for not at all:
+    {"kind": "bitmask", "kept": K}: `weight_mask` uint8 [R, ceil(C/8)], and the K kept entries as `weight_values` [K] at 16 bits, else
+    `weight_packed` uint8 [ceil(K bits/8)].
+    {"kind": "n:m", "keep": [n, m]}: `weight_indices` uint8 [R, ceil(S ceil(log2 m)/8)] of S slots a row, and `weight_values` [R, S] or
+    `weight_packed` uint8 [R, ceil(S bits/8)].
     """
 
     def __init__(
@@ -85,13 +92,14 @@ class Linear(nn.Module):
         codec: str = "grid",
         bias: bool = True,
         scale_dtype: str = "float16",
+        sparse: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         input_quantizer: ActivationQuantizer | None = None,
         output_quantizer: ActivationQuantizer | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.groups, self.codec, self.scale_dtype = bits, groups, codec, scale_dtype
+        self.bits, self.groups, self.codec, self.scale_dtype, self.sparse = bits, groups, codec, scale_dtype, sparse
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
         for name, (shape, kind) in self._layout(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind))
@@ -99,8 +107,9 @@ class Linear(nn.Module):
 
     def _layout(self, dtype: torch.dtype | None) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         C, R, G, b = self.in_features, self.out_features, self.groups, self.bits
+        entries, where = self._sparse_layout()
         if b == 16:
-            return {"weight": ((R, C), dtype)}
+            return {"weight" if self.sparse is None else "weight_values": (entries, dtype), **where}
         if self.codec == "group4":
             groups = -(-R // GROUP4)
             return {
@@ -109,11 +118,24 @@ class Linear(nn.Module):
                 "weight_minimum": ((C, groups), torch.float16),
             }
         return {
-            "weight_packed": ((R, (C * b + 7) // 8), torch.uint8),
+            "weight_packed": ((*entries[:-1], (entries[-1] * b + 7) // 8), torch.uint8),
+            **where,
             "weight_scale": ((R, G), SCALE_DTYPES[self.scale_dtype]),
             "weight_zero": ((R, (G * b + 7) // 8), torch.uint8),
             "weight_groups": ((G,), torch.int32),
         }
+
+    def _sparse_layout(self) -> tuple[tuple[int, ...], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """(shape of the stored entries, tensors that say where they belong)."""
+        C, R = self.in_features, self.out_features
+        if self.sparse is None:
+            return (R, C), {}
+        if self.sparse["kind"] == "bitmask":
+            return (self.sparse["kept"],), {"weight_mask": ((R, (C + 7) // 8), torch.uint8)}
+        if self.sparse["kind"] == "n:m":
+            keep = tuple(self.sparse["keep"])
+            return (R, slots_per_row(C, keep)), {"weight_indices": ((R, index_bytes(C, keep)), torch.uint8)}
+        raise ValueError(f"unknown sparse storage {self.sparse['kind']!r}; this release knows 'bitmask' and 'n:m'")
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -122,6 +144,7 @@ class Linear(nn.Module):
             "groups": self.groups,
             "codec": self.codec,
             "scale_dtype": self.scale_dtype,
+            "sparse": self.sparse,
             "input": _spec_of(self.input_quantizer),
             "output": _spec_of(self.output_quantizer),
         }
@@ -137,6 +160,7 @@ class Linear(nn.Module):
             groups=spec["groups"],
             codec=spec["codec"],
             scale_dtype=spec["scale_dtype"],
+            sparse=spec["sparse"],
             bias=like.bias is not None,
             dtype=like.weight.dtype,
             input_quantizer=ActivationQuantizer.from_spec(spec["input"]),
@@ -153,9 +177,27 @@ class Linear(nn.Module):
         return new
 
     def pack_(
-        self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, sizes: torch.Tensor, bits: int
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        sizes: torch.Tensor,
+        bits: int,
+        *,
+        kept: torch.Tensor | None = None,
+        keep: tuple[int, int] | None = None,
     ) -> None:
-        """Replace the kept weight by codes uint8 [R, C] on grids scale [R, G], zero [R, G], sizes [G]."""
+        """Replace the kept weight by codes uint8 [R, C] on grids scale [R, G], zero [R, G], sizes [G].
+
+        kept: bool [R, C], None to store every code. With it only codes that are kept and differ from their zero point are stored:
+            under a bitmask, or with `keep` (n, m) in n slots for each m channels.
+
+        Raises:
+            ValueError: codes that do not fit, a mask of another shape, or a group that keeps more than n.
+        """
+        if kept is not None:
+            z_c = zero.to(codes).repeat_interleave(sizes.to(codes.device), dim=1)  # [R, G] -> [R, C]
+            codes = self._leave_out(codes, kept, keep, blank=z_c)
         del self.weight
         self.bits, self.groups, self.codec = bits, sizes.numel(), "grid"
         self.scale_dtype = str(scale.dtype).removeprefix("torch.")
@@ -163,6 +205,32 @@ class Linear(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", pack(zero.to(torch.uint8), bits))
         self.register_buffer("weight_groups", sizes.to(torch.int32))
+
+    def pack_sparse_(self, kept: torch.Tensor, keep: tuple[int, int] | None = None) -> None:
+        """Replace the kept weight by its entries where `kept` bool [R, C], in its own dtype; all others are 0 from now on.
+
+        keep: None for a bitmask; (n, m) for n slots in each m channels.
+
+        Raises:
+            ValueError: a mask of another shape, or a group that keeps more than n.
+        """
+        values = self._leave_out(self.weight, kept, keep, blank=0)
+        del self.weight
+        self.register_buffer("weight_values", values)
+
+    def _leave_out(
+        self, values: torch.Tensor, kept: torch.Tensor, keep: tuple[int, int] | None, *, blank: torch.Tensor | int
+    ) -> torch.Tensor:
+        """The entries of values [R, C] that stay; where they belong becomes a buffer, and how, `sparse`."""
+        if keep is None:
+            stored, mask = bitmask_encode(values, kept, blank=blank)
+            self.sparse = {"kind": "bitmask", "kept": stored.numel()}
+            self.register_buffer("weight_mask", mask)
+        else:
+            stored, indices = nm_encode(values, kept, keep, blank=blank)
+            self.sparse = {"kind": "n:m", "keep": list(keep)}
+            self.register_buffer("weight_indices", indices)
+        return stored
 
     def pack_group4_(self) -> None:
         """Replace the kept weight by FlexGen's codec, groups of 64 along the rows."""
@@ -174,24 +242,47 @@ class Linear(nn.Module):
         self.register_buffer("weight_minimum", stored.minimum)
 
     def stored_bytes(self) -> int:
-        """Bytes of the weight as stored: codes, scales, zero points, group sizes."""
+        """Bytes of the weight as stored: codes or values, mask or indices, scales, zero points, group sizes."""
         return sum(
             t.numel() * t.element_size() for name, t in self.named_buffers(recurse=False) if name.startswith("weight")
         )
 
     def dequantized_weight(self) -> torch.Tensor:
-        """[R, C]: float32 from codes, or the kept weight in its own dtype."""
-        if self.bits == 16:
-            return self.weight
+        """[R, C]: float32 from codes, or the kept weight in its own dtype; a weight that was left out is exactly 0.0.
+
+        Raises:
+            ValueError: a mask or indices that do not fit the stored entries.
+        """
         if self.codec == "group4":
             shape = (self.out_features, self.in_features)
             stored = Group4(self.weight_packed, self.weight_scale, self.weight_minimum, shape, 0, GROUP4)
             return decompress(stored, torch.float32)
+        if self.sparse is not None:
+            return self._decoded()
+        if self.bits == 16:
+            return self.weight
         run = operation("dequantize_weight", self.weight_packed.device.type)
         groups = self.weight_groups.long()
         return run(
             self.weight_packed, self.weight_scale, self.weight_zero, groups, bits=self.bits, channels=self.in_features
         )
+
+    def _decoded(self) -> torch.Tensor:
+        if self.sparse["kind"] == "bitmask":
+            name, where, options = "bitmask", self.weight_mask, {"channels": self.in_features}
+            count = {"kept": self.sparse["kept"]}  # packed codes do not tell how many they are
+        else:
+            options = {"channels": self.in_features, "keep": tuple(self.sparse["keep"])}
+            name, where, count = "nm", self.weight_indices, {}
+        if self.bits == 16:
+            return operation(f"decode_{name}", where.device.type)(self.weight_values, where, **options)
+        run = operation(f"dequantize_{name}", where.device.type)
+        grids = self.weight_scale, self.weight_zero, self.weight_groups.long()
+        return run(self.weight_packed, where, *grids, bits=self.bits, **options, **count)
+
+    def kept(self) -> torch.Tensor:
+        """bool [R, C]: the weights that are not exactly zero, whatever the layout."""
+        return self.dequantized_weight() != 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
@@ -201,7 +292,8 @@ class Linear(nn.Module):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups"
+        layout = "" if self.sparse is None else f", {self.sparse['kind']}"
+        return f"{self.in_features} -> {self.out_features}, {self.bits} bits, {self.groups} groups{layout}"
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lowbit.packing import unpack
+from lowbit.sparse import bitmask_decode, nm_decode, slots_per_row
 
 
 def quantize_activation_static(
@@ -67,12 +68,86 @@ def dequantize_weight(
     Returns:
         float32 [R, C].
     """
-    G = scale.shape[1]
-    z = unpack(zero, bits, G)  # [R, G]
-    q = unpack(packed, bits, channels)  # [R, C]
-    s_c = scale.float().repeat_interleave(sizes, dim=1, output_size=channels)  # [R, G] -> [R, C]
-    z_c = z.repeat_interleave(sizes, dim=1, output_size=channels)  # [R, G] -> [R, C]
+    z_c = _zero_points(zero, sizes, bits, channels)
+    return _on_grid(unpack(packed, bits, channels), z_c, scale, sizes)
+
+
+def _zero_points(zero: torch.Tensor, sizes: torch.Tensor, bits: int, channels: int) -> torch.Tensor:
+    z = unpack(zero, bits, sizes.numel())  # [R, G]
+    return z.repeat_interleave(sizes, dim=1, output_size=channels)  # [R, G] -> [R, C]
+
+
+def _on_grid(q: torch.Tensor, z_c: torch.Tensor, scale: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    s_c = scale.float().repeat_interleave(sizes, dim=1, output_size=q.shape[1])  # [R, G] -> [R, C]
     return q.float().sub_(z_c).mul_(s_c)
+
+
+def decode_bitmask(values: torch.Tensor, mask: torch.Tensor, *, channels: int) -> torch.Tensor:
+    """A pruned weight in its own dtype: values [K] where mask uint8 [R, ceil(C/8)] keeps, 0 elsewhere -> [R, C]."""
+    return bitmask_decode(values, mask, channels=channels)
+
+
+def decode_nm(values: torch.Tensor, indices: torch.Tensor, *, channels: int, keep: tuple[int, int]) -> torch.Tensor:
+    """A weight that keeps n of m, in its own dtype: values [R, S] at packed indices uint8, 0 elsewhere -> [R, C]."""
+    return nm_decode(values, indices, channels=channels, keep=keep)
+
+
+def dequantize_bitmask(
+    packed: torch.Tensor,
+    mask: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    sizes: torch.Tensor,
+    *,
+    bits: int,
+    channels: int,
+    kept: int,
+) -> torch.Tensor:
+    """`dequantize_weight` of a pruned weight: codes of the `kept` entries, packed as one row; a pruned one is exactly 0.0.
+
+    Args:
+        packed: uint8 [ceil(kept bits/8)].
+        mask: uint8 [R, ceil(C/8)].
+        scale, zero, sizes: as in `dequantize_weight`.
+
+    Returns:
+        float32 [R, C].
+
+    Raises:
+        ValueError: a mask that does not keep `kept` entries.
+    """
+    z_c = _zero_points(zero, sizes, bits, channels)
+    codes = unpack(packed, bits, kept)  # [K]
+    return _on_grid(bitmask_decode(codes, mask, channels=channels, blank=z_c), z_c, scale, sizes)
+
+
+def dequantize_nm(
+    packed: torch.Tensor,
+    indices: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    sizes: torch.Tensor,
+    *,
+    bits: int,
+    channels: int,
+    keep: tuple[int, int],
+) -> torch.Tensor:
+    """`dequantize_weight` of a weight that keeps n of m: codes of its S slots a row; what has no slot is exactly 0.0.
+
+    Args:
+        packed: uint8 [R, ceil(S bits/8)].
+        indices: uint8 [R, ceil(S ceil(log2 m)/8)], the slots' positions in their groups.
+        scale, zero, sizes: as in `dequantize_weight`.
+
+    Returns:
+        float32 [R, C].
+
+    Raises:
+        ValueError: indices outside their groups, or not ascending.
+    """
+    z_c = _zero_points(zero, sizes, bits, channels)
+    codes = unpack(packed, bits, slots_per_row(channels, keep))  # [R, S]
+    return _on_grid(nm_decode(codes, indices, channels=channels, keep=keep, blank=z_c), z_c, scale, sizes)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

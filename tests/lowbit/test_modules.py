@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lowbit import ActivationQuantizer, Linear, Norm, backend, build, operation, pack, reference, register_backend
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -202,6 +204,98 @@ def test_a_linear_is_rebuilt_from_its_spec_and_tensors(kind, codec, bias):
     assert {n: t.dtype for n, t in again.named_buffers()} == {n: t.dtype for n, t in linear.named_buffers()}
     x = random(4, 6, seed=2)
     assert again.spec() == linear.spec() and torch.equal(again(x), linear(x))
+
+
+def pruned_linear(bits, keep, share=0.5, R=7, C=21, dtype=torch.float32):
+    """(a Linear in sparse storage, the weight it must mean [R, C], its mask [R, C])."""
+    linear = Linear(C, R, dtype=dtype, input_quantizer=quantizers()["token"])
+    linear.bias = random(R, seed=3, dtype=dtype)
+    score = torch.rand(R, C, generator=torch.Generator().manual_seed(4))
+    kept = score < share
+    if keep is not None:  # groups of 3, so that 21 channels have no tail
+        rank = score.unflatten(1, (-1, 3)).argsort(-1).argsort(-1)  # [R, C] -> [R, G, 3]
+        kept &= (rank < keep[0]).flatten(1)
+    linear.weight = random(R, C, seed=5, dtype=dtype)
+    if bits == 16:
+        expected = torch.where(kept, linear.weight, 0)
+        linear.pack_sparse_(kept, keep)
+        return linear, expected, kept
+    whole, codes, scale, zero = packed_linear(R, C, bits, sizes=(4, 17))
+    expected = torch.where(kept, whole.dequantized_weight(), 0)
+    linear.pack_(codes, scale, zero.float(), torch.tensor([4, 17]), bits, kept=kept, keep=keep)
+    return linear, expected, kept
+
+
+SPARSE = [(16, None), (16, (1, 3)), (2, None), (3, (2, 3)), (4, None), (4, (1, 3)), (8, (2, 3))]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("bits, keep", SPARSE, ids=str)
+def test_a_pruned_linear_means_the_masked_weight_and_runs_it(bits, keep, share):
+    linear, expected, kept = pruned_linear(bits, keep, share)
+    W = linear.dequantized_weight()
+    assert torch.equal(W, expected) and not torch.signbit(W[W == 0]).any()  # exactly, and never -0.0
+    assert torch.equal(linear.kept(), expected != 0) and not (linear.kept() & ~kept).any()
+    whole = Linear(21, 7, input_quantizer=linear.input_quantizer)
+    whole.weight, whole.bias = expected, linear.bias
+    x = random(2, 3, 21, seed=6)
+    assert torch.equal(linear(x), whole(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("bits, keep", SPARSE, ids=str)
+def test_a_pruned_linear_is_rebuilt_from_its_spec_and_bytes(bits, keep, share, dtype):
+    linear, expected, _ = pruned_linear(bits, keep, share, dtype=dtype)
+    spec = json.loads(json.dumps(linear.spec()))
+    with torch.device("meta"):
+        empty = build(spec, nn.Linear(21, 7, dtype=dtype))
+    again = empty.to_empty(device="cpu")
+    again.load_state_dict(tensors_of(bytes_of(linear.state_dict())))
+    assert {n: t.dtype for n, t in again.named_buffers()} == {n: t.dtype for n, t in linear.named_buffers()}
+    assert again.spec() == linear.spec() and torch.equal(again.dequantized_weight(), expected)
+
+
+def test_pruned_bytes_are_those_of_the_tensors():
+    R, C, K = 7, 21, int(pruned_linear(16, None)[1].count_nonzero())
+    grids = R * 2 * 2 + R + 2 * 4  # float16 scales, zero points of two groups in a byte, int32 sizes
+    assert pruned_linear(16, None, dtype=torch.float16)[0].stored_bytes() == 2 * K + R * 3
+    assert pruned_linear(16, (1, 3))[0].stored_bytes() == 4 * R * C // 3 + R * 2  # 7 slots, 2 bits each
+    assert pruned_linear(4, (1, 3))[0].stored_bytes() == R * 4 + R * 2 + grids
+    linear = pruned_linear(4, None)[0]
+    assert linear.stored_bytes() == -(-linear.sparse["kept"] * 4 // 8) + R * 3 + grids
+
+
+def test_every_layout_says_which_weights_are_not_zero():
+    W = random(64, 6)
+    W[3, 2] = -0.0
+    linear = Linear(6, 64)
+    linear.weight = W
+    assert torch.equal(linear.kept(), W != 0)
+    whole, codes, _, zero = packed_linear(bits=2)
+    group = torch.tensor([0] * 4 + [1] * 7)
+    assert torch.equal(whole.kept(), codes != zero[:, group]) and not whole.kept().all()
+    linear.pack_group4_()
+    assert torch.equal(linear.kept(), linear.dequantized_weight() != 0)
+
+
+def test_a_pruned_linear_of_another_mask_or_layout_is_refused():
+    linear = Linear(6, 4)
+    linear.weight = random(4, 6)
+    with pytest.raises(ValueError, match="2:4 has 2 slots"):
+        linear.pack_sparse_(torch.ones(4, 6, dtype=torch.bool), (2, 4))
+    with pytest.raises(ValueError, match="pass bool"):
+        linear.pack_sparse_(torch.ones(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="unknown sparse storage 'csr'"):
+        build({**linear.spec(), "sparse": {"kind": "csr"}}, nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_damaged_mask_never_runs(bits):
+    linear, *_ = pruned_linear(bits, None)
+    linear.weight_mask[0, 0] ^= 1
+    with pytest.raises(ValueError, match="the mask keeps"):
+        linear(random(1, 21))
 
 
 NORMS = {

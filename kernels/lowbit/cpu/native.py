@@ -1,0 +1,26 @@
+"""Find and load the compiled library, and turn tensors into what its C functions take."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+# Where setup.py leaves it; a plain shared library, so one build serves every Python.
+FILE = Path(__file__).with_name("_native.so")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, None where the file is missing or this machine cannot load it."""
+    try:
+        return ctypes.CDLL(str(FILE))
+    except OSError:
+        return None
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """The address of a contiguous CPU tensor's first element, null for None. The caller keeps the tensor alive."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
