@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lowbit.experts import Experts
 from lowbit.modules import Linear, Norm
 from torch import nn
 
-from ptq.architectures import Spec
+from ptq import layout
+from ptq.architectures import Spec, has_experts
 from ptq.errors import BadInput, UnsupportedModel
+from ptq.sites import block_sites
 from ptq.source import Checkpoint
 
 # Buffers that old checkpoints store and that models now make themselves: rotary frequencies and causal masks.
@@ -54,27 +57,25 @@ def skeleton(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> nn.M
 
 
 def tensor_names(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> dict[str, str]:
-    """Model parameter name -> name in the checkpoint, tied copies left out.
+    """Name in the model -> name in the checkpoint, tied copies left out.
 
-    Some hub files lack the base model's prefix, and some families renamed a module since (`spec.renamed`).
+    Each expert's tensors are named one by one, whether they are apart in the checkpoint or fused (then several share a tensor).
 
     Raises:
         BadInput: a parameter the checkpoint lacks, or whose shape differs; or tensors that the model has no place for, unless it
             makes them itself.
     """
-    prefix = f"{model.base_model_prefix}."
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     names = {}
-    for name, tensor in model.state_dict().items():
-        older = next((old + name.removeprefix(new) for new, old in spec.renamed if name.startswith(new)), name)
-        found = next((n for n in (name, name.removeprefix(prefix), older) if n in checkpoint.where), None)
+    for name, places in layout.places(model, spec).items():
+        found = next((n for n in places if n in checkpoint.where), None)
         if found is not None:
-            if checkpoint.shapes[found] != tensor.shape:
-                has, wants = list(checkpoint.shapes[found]), list(tensor.shape)
+            if checkpoint.shapes[found] != places[found]:
+                has, wants = list(checkpoint.shapes[found]), list(places[found])
                 raise BadInput(f"{checkpoint.folder}: {found} is {has}, the config says {wants}")
             names[name] = found
         elif name not in tied:
-            raise BadInput(f"{checkpoint.folder}: tensor {name} is missing from the safetensors files")
+            raise BadInput(f"{checkpoint.folder}: tensor {next(iter(places))} is missing from the safetensors files")
     ignored = [re.compile(p) for p in (MADE_BY_THE_MODEL, *(model._keys_to_ignore_on_load_unexpected or ()))]
     lost = [name for name in leftovers(names, checkpoint) if not any(p.search(name) for p in ignored)]
     if lost:
@@ -97,6 +98,17 @@ def fill(module: nn.Module, prefix: str, names: dict[str, str], checkpoint: Chec
         tensor = checkpoint.read([names[full]], dtype)[names[full]]
         owner, _, leaf = local.rpartition(".")
         module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
+
+
+def fill_experts(
+    block: nn.Module, prefix: str, spec: Spec, names: dict[str, str], checkpoint: Checkpoint, *, device
+) -> None:
+    """Give the experts of a block their weights, one expert at a time also where the checkpoint holds them fused."""
+    for local in block.get_submodule(spec.experts.module).state_dict(prefix=f"{spec.experts.module}."):
+        source = names[prefix + local]
+        part = layout.expert_part(local, checkpoint.shapes[source])
+        linear = block.get_submodule(local.removesuffix(".weight"))
+        linear.weight = checkpoint.read_part(source, part).to(device)
 
 
 def record_calls(
@@ -163,10 +175,15 @@ def load_block(
 ) -> nn.Module:
     """Block i with its tensors, its linears and norms as lowbit modules in full precision (the same function)."""
     block = copy.deepcopy(model.get_submodule(spec.blocks)[i])
-    fill(block, f"{spec.blocks}.{i}", names, checkpoint, device=device)
+    prefix = f"{spec.blocks}.{i}"
+    if has_experts(spec, block):
+        swap(block, spec.experts.module, Experts.full_precision)
+        fill_experts(block, f"{prefix}.", spec, names, checkpoint, device=device)
+    fill(block, prefix, names, checkpoint, device=device)
     block = block.to(device)
-    for path in linear_paths(spec):
-        swap(block, path, Linear.full_precision)
+    for path in linear_paths(spec, block):
+        if not isinstance(block.get_submodule(path), Linear):  # experts' linears are made as lowbit's
+            swap(block, path, Linear.full_precision)
     for path in norm_paths(spec):
         swap(block, path, lambda norm: Norm.full_precision(norm, spec.norm))
     return block.eval()
@@ -178,9 +195,9 @@ def swap(parent: nn.Module, path: str, make) -> None:
     setattr(parent.get_submodule(owner), leaf, make(parent.get_submodule(path)))
 
 
-def linear_paths(spec: Spec) -> tuple[str, ...]:
-    """Paths of every linear in a block, each once."""
-    return (*spec.qkv_linears, spec.output, *spec.up, spec.down)
+def linear_paths(spec: Spec, block: nn.Module) -> tuple[str, ...]:
+    """Paths of every linear in `block` that is compressed, each once."""
+    return tuple(path for site in block_sites(spec, block) for path in site.linears)
 
 
 def norm_paths(spec: Spec) -> tuple[str, ...]:

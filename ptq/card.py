@@ -34,7 +34,18 @@ def _base_name(report: dict[str, Any]) -> str:
 
 def _title(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
-    return f"{_base_name(report)}, {recipe['preset'] or _bits_name(recipe)}, {recipe['method']}"
+    return f"{_base_name(report)}, {', '.join(_what(recipe))}, {recipe['method']}"
+
+
+def _what(recipe: dict[str, Any]) -> list[str]:
+    """What was done, in the fewest words: the preset or the bits, and the sparsity."""
+    p, a = recipe["pruning"], recipe["activations"]
+    found = []
+    if recipe["preset"] or min(recipe["weights"]["bits"], *(v for k, v in a.items() if k.endswith("bits"))) < 16:
+        found.append(recipe["preset"] or _bits_name(recipe))
+    if p["keep"] or p["sparsity"]:
+        found.append(p["keep"] or f"{p['sparsity']:.0%} sparse")
+    return found
 
 
 def _bits_name(recipe: dict[str, Any]) -> str:
@@ -47,22 +58,33 @@ def _header(report: dict[str, Any]) -> str:
     import yaml
 
     base, recipe = report["base_model"], report["recipe"]
-    tags = ["ptq", "quantized", recipe["method"], (recipe["preset"] or _bits_name(recipe)).lower()]
+    what = [word.lower().replace(" ", "-") for word in _what(recipe)]
+    tags = ["ptq", "quantized" if _packed(report) else "pruned", recipe["method"], *what]
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     # a local folder has no id on the hub to point to
     if base["revision"]:
-        header |= {"base_model": base["source"], "base_model_relation": "quantized"}
+        header |= {"base_model": base["source"], "base_model_relation": "quantized" if _packed(report) else "finetune"}
     if base["license"]:
         header["license"] = base["license"]
     header["tags"] = list(dict.fromkeys(tags))
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
 
 
+def _packed(report: dict[str, Any]) -> bool:
+    """Whether the folder is in the packed format, which only `import ptq` loads."""
+    return any(row["storage"] == "packed" for row in report["modules"]) or report["sparsity"] is None
+
+
 def _loading(report: dict[str, Any]) -> str:
+    note = (
+        "The weights are packed: without `import ptq` (from `ptq-toolkit`) transformers stops at an unknown model type."
+    )
+    if not _packed(report):
+        note = "An ordinary checkpoint: pruned weights are stored as zeros."
+    first = "import ptq  # registers the packed format\n" if _packed(report) else ""
     return f"""\
 ```python
-import ptq  # registers the packed format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
@@ -70,7 +92,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 # {_title(report)}
 
-The weights are packed: without `import ptq` (from `ptq-toolkit`) transformers stops at an unknown model type."""
+{note}"""
 
 
 def _bits(report: dict[str, Any]) -> str:
@@ -84,7 +106,15 @@ def _bits(report: dict[str, Any]) -> str:
     effective += "" if kv is None else f", {kv:.3f} a cached key or value"
     text = f"Effective bits (scales, zero points and permutations are counted): {effective}."
     grids = f"Activation grid: {recipe['activations']['grid']}. Weight groups: {recipe['weights']['groups']}."
-    return "\n".join(["## Bits", "", *rows, "", text, f"{grids} Weight solver: {recipe['weights']['solver']}."])
+    lines = ["## Bits", "", *rows, "", text, f"{grids} Weight solver: {recipe['weights']['solver']}."]
+    p = recipe["pruning"]
+    if report["sparsity"] is not None:
+        asked = f"keep {p['keep']}" if p["keep"] else f"sparsity {p['sparsity']}, allocation {p['allocation']}"
+        lines += [
+            "",
+            f"Zeros among the decoder linears' weights: {report['sparsity']:.2%} ({asked}, method {p['method']}).",
+        ]
+    return "\n".join(lines)
 
 
 def _site_bits(report: dict[str, Any], part: str, key: str) -> int:

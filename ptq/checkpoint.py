@@ -20,9 +20,10 @@ import rptq
 from ptq.architectures import Spec
 from ptq.errors import BadInput
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
+from ptq.layout import source_tensors
 from ptq.ledger import write_json, write_tensors, write_whole
 from ptq.plots import FILE as RANGES
-from ptq.recipe import Recipe, dump_yaml
+from ptq.recipe import Recipe, dump_yaml, prunes
 from ptq.reorder import Orders
 from ptq.source import INDEX, Checkpoint, read_config, read_headers, resolve
 
@@ -46,37 +47,56 @@ COMPANIONS = (
 
 
 class Writer:
-    """Writes one compressed checkpoint into `folder`, a block at a time."""
+    """Writes one compressed checkpoint into `folder`, a block at a time.
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, spec: Spec, recipe: Recipe, *, blocks: int):
-        self.folder, self.checkpoint, self.spec, self.recipe, self.blocks = folder, checkpoint, spec, recipe, blocks
+    Packed, tensors have their names in the model. Dense (pruned weights as they are), the names and layout of the source.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        spec: Spec,
+        recipe: Recipe,
+        names: dict[str, str],
+    ):
+        self.folder, self.checkpoint, self.model = folder, checkpoint, model
+        self.spec, self.recipe, self.names = spec, recipe, names
+        self.dense = prunes(recipe) and recipe.pruning.storage == "dense"
+        self.blocks = len(model.get_submodule(spec.blocks))
 
     def shard(self, i: int) -> Path:
         """File of block i; number `blocks` is the shard with everything outside the blocks."""
         return self.folder / f"model-{i + 1:05d}-of-{self.blocks + 1:05d}.safetensors"
 
     def write_block(self, i: int, block: nn.Module, ranges: dict[str, rptq.ChannelRange], orders: Orders) -> None:
-        """The block's tensors under their names in the model, and its channel ranges (in the original channel order)."""
-        prefix = f"{self.spec.blocks}.{i}"
-        write_tensors(self.shard(i), {f"{prefix}.{name}": t for name, t in block.state_dict().items()})
+        """The block's tensors, and its channel ranges (in the original channel order)."""
+        if self.dense:
+            tensors = source_tensors(block, self.model, self.spec, i, self.names, self.checkpoint)
+        else:
+            tensors = {f"{self.spec.blocks}.{i}.{name}": t for name, t in block.state_dict().items()}
+        write_tensors(self.shard(i), tensors)
         facts = {}
         for name, found in ranges.items():
             facts |= {f"blocks.{i}.{name}.min": found.min, f"blocks.{i}.{name}.max": found.max}
             order = orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(name, name))
             if order is not None:
                 facts |= {f"blocks.{i}.{name}.permutation": order.perm, f"blocks.{i}.{name}.sizes": order.sizes}
-        write_tensors(self._ranges(i), facts)
+        if facts:
+            write_tensors(self._ranges(i), facts)
 
     def module_specs(self, i: int, block: nn.Module) -> dict[str, Any]:
-        """What the config must say of each lowbit module of the block."""
+        """What the config must say of each lowbit module of the block; nothing of a dense one."""
         modules = block.named_modules(prefix=f"{self.spec.blocks}.{i}")
-        return {name: m.spec() for name, m in modules if isinstance(m, (Linear, Norm))}
+        return {name: m.spec() for name, m in modules if isinstance(m, (Linear, Norm)) and not self.dense}
 
-    def write_rest(self, names: dict[str, str]) -> None:
+    def write_rest(self) -> None:
         """Embeddings, final norm and head, as they are in the source."""
-        rest = {n: source for n, source in names.items() if not n.startswith(f"{self.spec.blocks}.")}
+        rest = {n: source for n, source in self.names.items() if not n.startswith(f"{self.spec.blocks}.")}
         read = self.checkpoint.read(rest.values())
-        write_tensors(self.shard(self.blocks), {name: read[source] for name, source in rest.items()})
+        tensors = read if self.dense else {name: read[source] for name, source in rest.items()}
+        write_tensors(self.shard(self.blocks), tensors)
 
     def finish(self, report: dict[str, Any], card: str, specs: dict[str, Any]) -> None:
         """Everything beside the shards: index, config, tokenizer, recipe, ranges, report and card."""
@@ -98,14 +118,15 @@ class Writer:
         return self.folder / f"ranges-{i:05d}.safetensors"
 
     def _join_ranges(self) -> None:
-        if not (self.folder / RANGES).is_file():  # a finish that was killed may have removed the parts already
+        parts = [i for i in range(self.blocks) if self._ranges(i).is_file()]
+        if parts and not (self.folder / RANGES).is_file():  # a finish that was killed may have removed some already
             ranges: dict[str, torch.Tensor] = {}
-            for i in range(self.blocks):
+            for i in parts:
                 with safe_open(self._ranges(i), framework="pt") as f:
                     ranges |= {name: f.get_tensor(name) for name in f.keys()}
             write_tensors(self.folder / RANGES, ranges)
-        for i in range(self.blocks):
-            self._ranges(i).unlink(missing_ok=True)
+        for i in parts:
+            self._ranges(i).unlink()
 
     def _write_index(self) -> None:
         weight_map, total = {}, 0
@@ -118,7 +139,10 @@ class Writer:
 
     def _write_config(self, specs: dict[str, Any]) -> None:
         config = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf8"))
-        config.pop("auto_map", None)  # the packed model runs no code of the source
+        config.pop("auto_map", None)  # the model runs no code of the source
+        if self.dense:
+            write_json(self.folder / "config.json", config)
+            return
         config["model_type"] = MODEL_TYPE_PREFIX + self.checkpoint.config.model_type
         config["quantization_config"] = {
             "quant_method": QUANT_METHOD,

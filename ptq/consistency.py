@@ -56,6 +56,8 @@ def _check_linear(linear: Linear) -> None:
     elif linear.bits < 16:
         check_sizes(linear.weight_groups.long(), linear.in_features)
         _check_positive("weight_scale", linear.weight_scale)
+    if linear.sparse is not None:
+        linear.kept()  # decoding checks mask and indices against the entries
     _check_quantizer("input grid", linear.input_quantizer, linear.in_features)
     _check_quantizer("output grid", linear.output_quantizer, linear.out_features)
 

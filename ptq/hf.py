@@ -13,12 +13,18 @@ import sys
 from typing import Any
 
 QUANT_METHOD = "ptq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_TYPE_PREFIX = "ptq_"
+AUTO_MODELS = "transformers.models.auto.modeling_auto"
 
 
 def _register_configs() -> None:
-    """One config class a family, named like the original, because transformers maps config class *names* to model classes."""
+    """One config class a family, named like the original, because transformers maps config class *names* to model classes.
+
+    AutoConfig.register looks at transformers' table of models, so nothing can be done while that is still being imported.
+    """
+    if AUTO_MODELS in sys.modules and not hasattr(sys.modules[AUTO_MODELS], "MODEL_MAPPING_NAMES"):
+        return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
     from ptq.architectures.families import FAMILIES
@@ -47,6 +53,7 @@ def _register_quantizer() -> None:
 # transformers takes seconds to import and the command's --help must not wait for it: registration runs when these are imported.
 AFTER = {
     "transformers.models.auto.configuration_auto": _register_configs,
+    AUTO_MODELS: _register_configs,
     "transformers.modeling_utils": _register_quantizer,  # which imports the quantizers and the attention registry
 }
 

@@ -1,45 +1,30 @@
-"""The walk: block by block, collect -> reorder -> solve -> pack -> propagate, one block in memory."""
+"""A run from checkpoint to checkpoint: block by block, one block in memory."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ptq import quantizers, reorder, weights
-from ptq.architectures import Geometry, Spec, geometry_of, spec_for
-from ptq.blocks import Call, load_block, record_calls, run_block, skeleton, tensor_names
+from ptq import experts, weights
+from ptq.architectures import Spec, geometry_of, spec_for
+from ptq.blocks import record_calls, skeleton, tensor_names
 from ptq.calibration import Calibration, calibration_windows
 from ptq.card import model_card
 from ptq.checkpoint import Writer, load_tokenizer
-from ptq.errors import BadInput, NumericalFailure
+from ptq.errors import BadInput
 from ptq.identity import identity_of
 from ptq.ledger import Ledger, refuse_existing
 from ptq.progress import Progress, module_line
 from ptq.recipe import Recipe
 from ptq.report import build_report
-from ptq.sites import collect, until_last_input
 from ptq.source import Checkpoint, open_checkpoint, resolve
+from ptq.walk import Run, compress_block
 
 MICRO_BATCH_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same over the blocks of one run."""
-
-    recipe: Recipe
-    checkpoint: Checkpoint
-    model: nn.Module
-    spec: Spec
-    geometry: Geometry
-    names: dict[str, str]
-    device: torch.device
-    calls: list[dict[int, Call]]
 
 
 def compress(
@@ -59,11 +44,12 @@ def compress(
     checkpoint = open_checkpoint(folder, trust_remote_code=recipe.trust_remote_code)
     model = skeleton(checkpoint, trust_remote_code=recipe.trust_remote_code)
     spec = spec_for(checkpoint.config, model)
+    experts.check_recipe(spec, recipe)
     model.set_attn_implementation(attention_for(recipe, spec, model))
     names = tensor_names(model, spec, checkpoint)
     calibration = calibrate(recipe, checkpoint, offline=offline)
     ledger = Ledger.open(out, identity_of(recipe, checkpoint, calibration, target.type), resume=resume)
-    writer = Writer(ledger.folder, checkpoint, spec, recipe, blocks=len(model.get_submodule(spec.blocks)))
+    writer = Writer(ledger.folder, checkpoint, model, spec, recipe, names)
 
     batches = list(calibration.tokens.split(micro_batch(recipe)))
     states, calls = record_calls(
@@ -73,7 +59,15 @@ def compress(
         states = ledger.entering(states)
     run = Run(recipe, checkpoint, model, spec, geometry_of(checkpoint.config, spec), names, target, calls)
     for i in progress.track(range(ledger.completed, writer.blocks), start=ledger.completed):
-        states, record = compress_block(run, i, states, writer)
+        done = compress_block(run, i, states)
+        writer.write_block(i, done.block, done.ranges, done.orders)
+        states = done.states
+        record = {
+            "modules": weights.as_rows(done.modules),
+            "sites": [{"block": i, **vars(site)} for site in done.sites],
+            "specs": writer.module_specs(i, done.block),
+        }
+        del done
         ledger.complete(states, record)
         for row in record["modules"]:
             progress.line(module_line(row))
@@ -81,7 +75,7 @@ def compress(
             progress.detail(
                 "  {site:<3} {channels} channels, {clusters} clusters, {bits} bits, grid {grid}".format(**site)
             )
-    writer.write_rest(names)
+    writer.write_rest()
     report = build_report(
         recipe=recipe,
         checkpoint=checkpoint,
@@ -96,61 +90,6 @@ def compress(
     writer.finish(report, model_card(report), specs)
     ledger.finish(out)
     return report
-
-
-@torch.no_grad()
-def compress_block(
-    run: Run, i: int, states: list[torch.Tensor], writer: Writer
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """One block: returns the hidden states that leave it as compressed, and its part of the report."""
-    recipe, spec, geometry = run.recipe, run.spec, run.geometry
-    prefix = f"{spec.blocks}.{i}"
-    block = load_block(run.model, spec, i, run.names, run.checkpoint, device=run.device)
-    wants_h = recipe.weights.bits < 16 and recipe.weights.solver == "gptq"
-    a = recipe.activations
-    quantizes = min(a.bits, a.norm_bits, a.q_bits, a.kv_bits, a.softmax_bits) < 16
-
-    def passes() -> None:
-        for x in states:
-            until_last_input(lambda x=x: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]))
-
-    # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
-    one_pass = wants_h and not quantizes and recipe.smooth is None
-    found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix)
-    ranges = found.ranges
-    if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
-        ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
-    orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
-    reorder.fold_orders(block, spec, geometry, orders)
-    try:
-        sites = quantizers.attach(block, spec, geometry, recipe, ranges, orders)
-    except ValueError as err:
-        raise NumericalFailure(f"{prefix}: {err}") from err
-    set_softmax_bits(block, spec, recipe.activations.softmax_bits)
-    if wants_h and not one_pass:
-        found.H = collect(block, spec, geometry, passes, ranges=False, hessians=True, where=prefix).H
-    elif wants_h:
-        for name in found.H:  # one at a time: two copies of every H would set the peak of memory
-            found.H[name] = permuted_h(name, found.H[name], orders)
-    layers = weights.quantize(block, spec, recipe, found.H, orders, prefix)
-    writer.write_block(i, block, ranges, orders)
-    out = [run_block(block, x.to(run.device), run.calls[i][x.shape[0]]).cpu() for x in states]
-    bad = sum(int((~torch.isfinite(x)).sum()) for x in out)
-    if bad:
-        raise NumericalFailure(f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits")
-    facts = {"modules": weights.as_rows(layers), "sites": [{"block": i, **vars(s)} for s in sites]}
-    return out, {**facts, "specs": writer.module_specs(i, block)}
-
-
-def permuted_h(name: str, H: torch.Tensor, orders: reorder.Orders) -> torch.Tensor:
-    """H of the permuted input: x' = x[perm] gives H' = H[perm][:, perm]."""
-    order = reorder.input_order(orders, name)
-    return H if order is None else H[order.perm[:, None], order.perm]  # [C, C]
-
-
-def set_softmax_bits(block: nn.Module, spec: Spec, bits: int) -> None:
-    """Tell the block's attention module how many bits its probabilities have (read by the attention function "lowbit")."""
-    block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = bits if spec.attention_interface else 16
 
 
 def attention_for(recipe: Recipe, spec: Spec, model: nn.Module) -> str:

@@ -14,7 +14,8 @@ def module_line(row: dict[str, Any]) -> str:
     """One aligned line for a module of the report: name, bits, effective bits, relative error, seconds."""
     error = "-" if row["relative_error"] is None else f"{row['relative_error']:.3e}"
     bits = f"{row['bits']:>2} bits ({row['effective_bits']:5.2f} effective)"
-    return f"{row['name']:<{NAME_WIDTH}}  {bits}  error {error:>9}  {row['seconds']:7.1f} s"
+    zeros = "" if row["sparsity"] is None else f"  {row['sparsity']:6.2%} zeros"
+    return f"{row['name']:<{NAME_WIDTH}}  {bits}{zeros}  error {error:>9}  {row['seconds']:7.1f} s"
 
 
 class Progress:

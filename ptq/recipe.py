@@ -20,6 +20,8 @@ WEIGHT_BITS = (2, 3, 4, 8, 16)
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 8, 16)
 KV_BITS = (2, 3, 4, 8, 16)
 WEIGHT_SOLVERS = ("gptq", "rtn", "group4")
+ALLOCATIONS = ("uniform", "owl", "error")
+STORAGES = ("dense", "packed")
 ACTIVATION_GRIDS = ("cluster", "tensor", "token")
 
 
@@ -68,6 +70,28 @@ class Clusters:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """Which weights of the decoder linears become zero; nothing is pruned by default.
+
+    `sparsity`: share of zeros, or `keep`: "n:m" keeps n of every m. `method`, `scope`, `block`, `preserve`: see `sparsegpt.prune` and
+    `sparsegpt.Pattern`. `refine`: conjugate gradient steps on the kept weights. `allocation` of the sparsity over the linears: "uniform",
+    "owl" (arXiv 2310.05175) or "error". `first`: only this share of the blocks, from the first on. `storage`: "dense" keeps the zeros
+    and the source's layout, which loads anywhere; "packed" stores what is kept.
+    """
+
+    sparsity: float = 0.0
+    keep: str | None = None
+    method: str = "sparsegpt"
+    refine: int = 10
+    scope: str = "block"
+    block: int = 128
+    preserve: bool = False
+    allocation: str = "uniform"
+    first: float = 1.0
+    storage: str = "dense"
+
+
+@dataclass(frozen=True)
 class CalibrationSpec:
     """Which text calibrates: `text` is a name, a file, or several joined by commas; windows of `seqlen` tokens."""
 
@@ -79,7 +103,12 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, complete. `reorder` clusters and permutes channels; `smooth` is SmoothQuant's alpha, None for none."""
+    """One run, complete.
+
+    `reorder` clusters and permutes channels; `smooth` is SmoothQuant's alpha, None for none. `true_sequential` solves each linear on
+    inputs that the compressed linears before it made, also inside a block. `on_failure` "skip" leaves a module whose H cannot be
+    factored as it is, and says so; "stop" ends the run.
+    """
 
     model: str = ""
     method: str = "rptq"
@@ -89,6 +118,9 @@ class Recipe:
     seed: int = 0
     reorder: bool = True
     smooth: float | None = None
+    true_sequential: bool = False
+    on_failure: str = "stop"
+    pruning: Pruning = field(default_factory=Pruning)
     weights: Weights = field(default_factory=Weights)
     activations: Activations = field(default_factory=Activations)
     clusters: Clusters = field(default_factory=Clusters)
@@ -126,12 +158,36 @@ METHODS: dict[str, dict[str, Any]] = {
     "group4": {"reorder": False, "weights": {"solver": "group4"}, "activations": {"grid": "token"}},
 }
 
+
+def _pruning(method: str, refine: int) -> dict[str, Any]:
+    weights = {"groups": "channel", "act_order": False}
+    return {
+        "reorder": False,
+        "true_sequential": True,
+        "weights": weights,
+        "pruning": {"method": method, "refine": refine},
+    }
+
+
+PRUNING_METHODS: dict[str, dict[str, Any]] = {
+    "sparsegpt": _pruning("sparsegpt", 10),
+    "admm": _pruning("admm", 15),
+    "alps": _pruning("alps", 10),
+    "wanda": _pruning("wanda", 0),
+    "magnitude": _pruning("magnitude", 0),
+}
+
 METHOD_NOTES = {
     "rptq": "reorder channels into clusters, one static grid a cluster, GPTQ weights (the method)",
     "rtn": "round to nearest: weights per output channel, activations per tensor (or --act-grid token)",
     "gptq": "GPTQ weights per output channel, activations per tensor (or --act-grid token)",
     "smoothquant": "SmoothQuant, alpha 0.5, round-to-nearest weights, activations per tensor (or --act-grid token)",
     "group4": "FlexGen's codec: 4 bits in groups of 64 for weights and, with --kv-bits 4, for keys and values",
+    "sparsegpt": "SparseGPT's sweep, then conjugate gradients on the kept weights",
+    "admm": "mask and weights by a short ADMM from SparseGPT's result, then conjugate gradients",
+    "alps": "ALPS: ADMM until the mask stands, then conjugate gradients",
+    "wanda": "|w| times the norm of its input, row by row; kept weights stay as they are",
+    "magnitude": "|w|; kept weights stay as they are (the baseline)",
 }
 
 
@@ -163,11 +219,12 @@ def build(*, method: str = "rptq", preset: str | None = None, **overrides: Any) 
     Raises:
         BadInput: unknown method, preset or key (with a suggestion), or a value outside its range.
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise BadInput(f"unknown method {method!r}{suggest(method, METHODS)}")
+    methods = METHODS | PRUNING_METHODS
+    if not isinstance(method, str) or method not in methods:
+        raise BadInput(f"unknown method {method!r}{suggest(method, methods)}")
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise BadInput(f"unknown preset {preset!r}{suggest(preset, PRESETS)}")
-    recipe = merge(Recipe(method=method, preset=preset), METHODS[method])
+    recipe = merge(Recipe(method=method, preset=preset), methods[method])
     if preset is not None:
         recipe = merge(recipe, PRESETS[preset])
     return check(merge(recipe, overrides))
@@ -193,7 +250,8 @@ def check(recipe: Recipe) -> Recipe:
     """Return the recipe, or raise BadInput with the field, its value and what is allowed."""
     w, a, c, cal = recipe.weights, recipe.activations, recipe.clusters, recipe.calibration
     _one_of(recipe.version, (1,), "recipe.version")
-    _one_of(recipe.method, METHODS, "recipe.method")
+    _one_of(recipe.method, METHODS | PRUNING_METHODS, "recipe.method")
+    _one_of(recipe.on_failure, ("stop", "skip"), "on_failure")
     _one_of(w.bits, WEIGHT_BITS, "weights.bits")
     _one_of(w.solver, WEIGHT_SOLVERS, "weights.solver")
     _one_of(a.grid, ACTIVATION_GRIDS, "activations.grid")
@@ -209,6 +267,7 @@ def check(recipe: Recipe) -> Recipe:
     _one_of(cal.mode, ("random", "first"), "calibration.mode")
     if w.groups not in ("auto", "cluster", "channel"):
         _at_least(w.groups, 8, "weights.groups")
+    _check_pruning(recipe)
     if not recipe.reorder:
         _check_unordered(recipe)
     if w.solver == "group4" and w.bits not in (4, 16):
@@ -227,6 +286,8 @@ def check(recipe: Recipe) -> Recipe:
     _at_least(recipe.seed, 0, "seed")
     switches = {
         "reorder": recipe.reorder,
+        "true_sequential": recipe.true_sequential,
+        "pruning.preserve": recipe.pruning.preserve,
         "weights.act_order": w.act_order,
         "trust_remote_code": recipe.trust_remote_code,
     }
@@ -238,6 +299,58 @@ def check(recipe: Recipe) -> Recipe:
         if not isinstance(value, str):
             raise BadInput(f"{where}: {value!r} is not text; put it in quotes")
     return recipe
+
+
+def _check_pruning(recipe: Recipe) -> None:
+    p = recipe.pruning
+    _share(p.sparsity, "pruning.sparsity")
+    _share(p.first, "pruning.first")
+    _one_of(p.method, PRUNING_METHODS, "pruning.method")
+    _one_of(p.scope, ("block", "row", "layer"), "pruning.scope")
+    _one_of(p.allocation, ALLOCATIONS, "pruning.allocation")
+    _one_of(p.storage, STORAGES, "pruning.storage")
+    _at_least(p.refine, 0, "pruning.refine")
+    _at_least(p.block, 1, "pruning.block")
+    if not prunes(recipe):
+        return
+    if p.keep is not None:
+        n, m = keep_of(p)
+        if p.sparsity:
+            raise BadInput(f"pruning: sparsity {p.sparsity} and keep {p.keep} exclude each other; give one")
+        if p.allocation != "uniform":
+            raise BadInput(f"pruning.allocation: {p.allocation} spreads a sparsity, but {p.keep} is fixed; use uniform")
+        if recipe.weights.act_order and recipe.weights.bits < 16:
+            raise BadInput(f"weights.act_order: would split the groups of {m}; add --set weights.act_order=false")
+    if recipe.weights.solver != "gptq":
+        raise BadInput(f"weights.solver: {recipe.weights.solver} does not prune; use gptq")
+    if p.storage == "dense" and (recipe.reorder or quantizes(recipe)):
+        raise BadInput("pruning.storage: dense stores plain weights, which quantization and reordering need packed")
+
+
+def prunes(recipe: Recipe) -> bool:
+    """Whether the recipe makes zeros."""
+    return recipe.pruning.sparsity > 0 or recipe.pruning.keep is not None
+
+
+def quantizes(recipe: Recipe) -> bool:
+    """Whether any weight or activation has fewer than 16 bits."""
+    return recipe.weights.bits < 16 or quantizes_activations(recipe)
+
+
+def quantizes_activations(recipe: Recipe) -> bool:
+    """Whether any activation has fewer than 16 bits."""
+    a = recipe.activations
+    return min(a.bits, a.norm_bits, a.q_bits, a.kv_bits, a.softmax_bits) < 16
+
+
+def keep_of(pruning: Pruning) -> tuple[int, int]:
+    """(n, m) of "n:m". Raises BadInput unless 0 < n < m <= 16."""
+    parts = str(pruning.keep).split(":")
+    if len(parts) == 2 and all(part.isdigit() for part in parts):
+        n, m = int(parts[0]), int(parts[1])
+        if 0 < n < m <= 16:
+            return n, m
+    raise BadInput(f"pruning.keep: {pruning.keep!r} is not n:m with 0 < n < m <= 16; 2:4 keeps 2 of every 4")
 
 
 def _check_unordered(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from ptq.architectures import Spec, geometry_of
 from ptq.blocks import leftovers, tensor_names
 from ptq.calibration import Calibration
-from ptq.recipe import Recipe, to_dict
+from ptq.recipe import Recipe, prunes, to_dict
 from ptq.source import Checkpoint, commit_of, license_of
 
 SCHEMA_VERSION = 1
@@ -39,7 +39,8 @@ def build_report(
 
     modules = [row for record in records for row in record["modules"]]
     sites = [row for record in records for row in record["sites"]]
-    compressed = sum(row["shape"][0] * row["shape"][1] for row in modules if row["bits"] < 16)
+    touched = [row for row in modules if row["bits"] < 16 or row["sparsity"] is not None]
+    compressed = sum(row["shape"][0] * row["shape"][1] for row in touched)
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {
@@ -74,6 +75,7 @@ def build_report(
             "kv_bits_effective": _kv_bits(recipe, checkpoint.config, spec),
             "softmax": recipe.activations.softmax_bits if spec.attention_interface else 16,
         },
+        "sparsity": _sparsity(modules) if prunes(recipe) else None,
         "sizes": {
             "source_bytes": sum(f["bytes"] for f in checkpoint.files),
             "compressed_bytes": compressed_bytes,
@@ -89,8 +91,18 @@ def _coverage(model: nn.Module, compressed: int, modules: list[dict[str, Any]]) 
     total = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
     outside = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or m is model.get_output_embeddings()]
     skipped = [{"name": name, "reason": "outside the blocks: kept in full precision"} for name in outside]
-    skipped += [{"name": row["name"], "reason": "16 bits asked for"} for row in modules if row["bits"] == 16]
+    for row in modules:
+        if row["failure"]:
+            skipped.append({"name": row["name"], "reason": row["failure"]})
+        elif row["bits"] == 16 and row["sparsity"] is None:
+            skipped.append({"name": row["name"], "reason": "16 bits asked for"})
     return {"compressed_parameters": compressed, "other_parameters": total - compressed, "skipped": skipped}
+
+
+def _sparsity(modules: list[dict[str, Any]]) -> float:
+    """Share of zeros among all weights of the decoder linears, counted in what is stored."""
+    weights = sum(row["shape"][0] * row["shape"][1] for row in modules)
+    return sum(row["shape"][0] * row["shape"][1] * (row["sparsity"] or 0) for row in modules) / weights
 
 
 def _effective_bits(modules: list[dict[str, Any]], records: list[dict[str, Any]]) -> float:
@@ -127,6 +139,17 @@ def _warnings(recipe: Recipe, spec: Spec, modules: list[dict[str, Any]], unused:
     if recipe.activations.softmax_bits < 16 and not spec.attention_interface:
         found.append(
             f"softmax stays in full precision: {spec.model_type}'s attention cannot be replaced in transformers"
+        )
+    failed = [row["name"] for row in modules if row["failure"]]
+    if failed:
+        found.append(f"{len(failed)} modules were left whole because their H could not be factored, first {failed[0]}")
+    solved = [row for row in modules if row["damp"] is not None]
+    few = [row for row in solved if row["tokens"] < row["shape"][1]]
+    if few:
+        row = few[0]
+        found.append(
+            f"{len(few)} modules saw fewer calibration tokens than they have input channels, first {row['name']}: "
+            f"{row['tokens']} of {row['shape'][1]}; use more calibration tokens"
         )
     raised = [row["name"] for row in modules if row["attempts"] > 1]
     if raised:

@@ -10,22 +10,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lowbit.experts import ROLES
 from lowbit.modules import Linear, Norm
 from torch import nn
 
 import rptq
-from ptq.architectures import Geometry, Spec
+from ptq.architectures import Geometry, Spec, has_experts
 from ptq.architectures.geometry import qkv_rows
 from ptq.errors import NumericalFailure
 
 
 @dataclass(frozen=True)
 class InputSite:
-    """One input shared by `linears`, made by `norm` (or by the block's own arithmetic when None)."""
+    """One input shared by `linears`, made by `norm` (or by the block's own arithmetic when None).
+
+    expert: which expert's input this is, that is, only of the tokens routed to it. router: its input is this site's too.
+    """
 
     name: str
     linears: tuple[str, ...]
     norm: str | None
+    expert: int | None = None
+    router: str | None = None
+
+    @property
+    def entry(self) -> str:
+        """The module to watch for this input: the first linear, or the router where no linear shares its input."""
+        return self.linears[0] if self.linears else self.router
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,28 @@ def input_sites(spec: Spec) -> tuple[InputSite, ...]:
         return (InputSite("R1", (*spec.qkv_linears, *spec.up), spec.attention_norm), attention, down)
     mlp = InputSite("R4", spec.up, spec.mlp_norm)
     return (InputSite("R1", spec.qkv_linears, spec.attention_norm), attention, mlp, down)
+
+
+def block_sites(spec: Spec, block: nn.Module) -> tuple[InputSite, ...]:
+    """The sites of `block` in the order it reaches them: `input_sites`, or those of a block with experts.
+
+    With experts, R4 is the input that the router and a shared expert see (no linears without a shared expert) and R5 the shared
+    expert's inner one. Then come, expert by expert, R4.e<i> (gate and up, on the tokens routed to expert i) and R5.e<i> (down).
+    """
+    if not has_experts(spec, block):
+        return input_sites(spec)
+    experts = spec.experts
+    sites = [
+        InputSite("R1", spec.qkv_linears, spec.attention_norm),
+        InputSite("R3", (spec.output,), None),
+        InputSite("R4", (experts.shared or ())[:2], spec.mlp_norm, router=experts.router),
+    ]
+    if experts.shared:
+        sites.append(InputSite("R5", experts.shared[2:], None))
+    for e in range(block.get_submodule(experts.module).num_experts):
+        gate, up, down = (f"{experts.module}.{e}.{role}" for role in ROLES)
+        sites += [InputSite(f"R4.e{e}", (gate, up), None, e), InputSite(f"R5.e{e}", (down,), None, e)]
+    return tuple(sites)
 
 
 def output_sites(spec: Spec, geometry: Geometry) -> tuple[OutputSite, ...]:

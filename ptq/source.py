@@ -52,20 +52,28 @@ class Checkpoint:
         """
         out = {}
         for name in names:
-            if name not in self.where:
-                raise BadInput(f"{self.folder}: tensor {name} is missing from the safetensors files")
-            try:
-                with safe_open(self.where[name], framework="pt") as f:
-                    tensor = f.get_tensor(name)
-            except (SafetensorError, OSError) as err:
-                raise BadInput(f"{self.where[name]}: cannot read {name}: {err}; fetch the file again") from err
-            if tensor.is_floating_point():
-                bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-                if bad:
-                    raise BadInput(f"{self.where[name]}: {name} has {bad} NaN or infinite of {tensor.numel()} weights")
-                tensor = tensor if dtype is None else tensor.to(dtype)
-            out[name] = tensor
+            tensor = self.read_part(name)
+            out[name] = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         return out
+
+    def read_part(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        """tensor[index] of the tensor `name`; no more than that part is brought into memory.
+
+        Raises:
+            BadInput: as `read`.
+        """
+        if name not in self.where:
+            raise BadInput(f"{self.folder}: tensor {name} is missing from the safetensors files")
+        try:
+            with safe_open(self.where[name], framework="pt") as f:
+                tensor = f.get_slice(name)[index] if index else f.get_tensor(name)
+        except (SafetensorError, OSError) as err:
+            raise BadInput(f"{self.where[name]}: cannot read {name}: {err}; fetch the file again") from err
+        if tensor.is_floating_point():
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            if bad:
+                raise BadInput(f"{self.where[name]}: {name} has {bad} NaN or infinite of {tensor.numel()} weights")
+        return tensor
 
 
 def resolve(model: str, *, revision: str | None = None, offline: bool = False, trust_remote_code: bool = False) -> Path:

@@ -1,21 +1,22 @@
-"""Quantize the weights of a block: one factor of H for all linears that share an input."""
+"""Compress the weights of a block, site by site: one factor of H for all linears that share an input."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import lowbit
 import torch
 from lowbit.modules import Linear
 from torch import nn
 
 import sparsegpt
-from ptq.architectures import Spec
 from ptq.errors import BadInput, NumericalFailure
-from ptq.recipe import Recipe
+from ptq.recipe import Recipe, keep_of, prunes
 from ptq.reorder import Orders, input_order
-from ptq.sites import InputSite, input_sites
+from ptq.sites import InputSite
 
 
 @dataclass(frozen=True)
@@ -26,39 +27,90 @@ class LayerFact:
     shape: tuple[int, int]
     bits: int
     groups: int
+    sparsity: float | None
+    keep: str | None
+    storage: str
     effective_bits: float
     relative_error: float | None
     damp: float | None
     attempts: int
+    tokens: int | None
+    failure: str | None
     seconds: float
 
 
-def quantize(
-    block: nn.Module, spec: Spec, recipe: Recipe, H: dict[str, torch.Tensor], orders: Orders, prefix: str
+@dataclass(frozen=True)
+class Outcome:
+    """How a site's weights were found. `failure`: why they were left as they are."""
+
+    relative_error: float | None = None
+    damp: float | None = None
+    attempts: int = 0
+    failure: str | None = None
+
+
+def compress_site(
+    block: nn.Module,
+    site: InputSite,
+    recipe: Recipe,
+    H: torch.Tensor | None,
+    orders: Orders,
+    prefix: str,
+    *,
+    pattern: sparsegpt.Pattern | None = None,
+    tokens: int | None = None,
 ) -> list[LayerFact]:
-    """Pack every linear of the block in place; H is consumed site by site so that its memory goes early.
+    """Compress the linears of one site in place.
+
+    Args:
+        H: float32 [C, C] = sum x x^T of the site's input, None where the recipe needs none.
+        pattern: what to prune, None for nothing.
+        tokens: how many tokens H is made of.
 
     Raises:
-        NumericalFailure: H could not be factored, with the module and the damping tried.
-        BadInput: weights that do not fit the group size.
+        NumericalFailure: H could not be factored, with the module and the damping tried; with on_failure "skip" the
+            linears stay as they are and the facts say so.
+        BadInput: weights that do not fit the group size or the pattern.
     """
-    facts = []
-    for site in input_sites(spec):
-        started = time.monotonic()
-        linears = [block.get_submodule(path) for path in site.linears]
-        name = f"{prefix}.{site.linears[0]}"
-        if recipe.weights.bits == 16:
-            outcome = (None, None, 0)
-        elif recipe.weights.solver == "group4":
-            for linear in linears:
-                linear.pack_group4_()
-            outcome = (None, None, 0)
-        else:
-            sizes = group_sizes(linears[0].in_features, site, recipe, orders)
-            outcome = _solve(linears, H.pop(site.name, None), sizes, recipe, name)
-        seconds = (time.monotonic() - started) / len(linears)
-        facts += [_fact(f"{prefix}.{path}", linear, *outcome, seconds) for path, linear in zip(site.linears, linears)]
-    return facts
+    started = time.monotonic()
+    linears = [block.get_submodule(path) for path in site.linears]
+    name = f"{prefix}.{site.linears[0]}"
+    if recipe.weights.solver == "group4" and recipe.weights.bits < 16:
+        for linear in linears:
+            linear.pack_group4_()
+        outcome = Outcome()
+    elif recipe.weights.bits == 16 and pattern is None:
+        outcome = Outcome()
+    else:
+        try:
+            outcome = _solve(linears, H, group_sizes(linears[0].in_features, site, recipe, orders), recipe, pattern)
+        except sparsegpt.SolveError as err:
+            if recipe.on_failure != "skip":
+                raise NumericalFailure(f"{name}: {err}") from err
+            outcome = Outcome(failure=str(err))
+        except ValueError as err:
+            raise BadInput(f"{name}: {err}") from err
+    seconds = (time.monotonic() - started) / len(linears)
+    pruned = None if outcome.failure else pattern
+    return [
+        _fact(f"{prefix}.{path}", linear, outcome, pruned, tokens, seconds)
+        for path, linear in zip(site.linears, linears)
+    ]
+
+
+def wants_hessian(recipe: Recipe) -> bool:
+    """Whether the recipe's solver reads H."""
+    return prunes(recipe) or (recipe.weights.bits < 16 and recipe.weights.solver == "gptq")
+
+
+def pattern_for(recipe: Recipe, site: str, i: int, blocks: int, shares: dict[str, float]) -> sparsegpt.Pattern | None:
+    """What to prune at a site ("model.layers.0.R5") of block i of `blocks`; `shares` gives some sites a sparsity of their own."""
+    p = recipe.pruning
+    if not prunes(recipe) or i >= math.ceil(p.first * blocks):
+        return None
+    if p.keep is not None:
+        return sparsegpt.Pattern(keep=keep_of(p), preserve=p.preserve)
+    return sparsegpt.Pattern(sparsity=shares.get(site, p.sparsity), scope=p.scope, block=p.block, preserve=p.preserve)
 
 
 def group_sizes(C: int, site: InputSite, recipe: Recipe, orders: Orders) -> torch.Tensor:
@@ -85,42 +137,77 @@ def _cut(sizes: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def _solve(
-    linears: list[Linear], H, sizes: torch.Tensor, recipe: Recipe, name: str
-) -> tuple[float | None, float | None, int]:
-    """Pack `linears`; returns (relative error, damping that worked, factorization attempts)."""
+    linears: list[Linear],
+    H: torch.Tensor | None,
+    sizes: torch.Tensor,
+    recipe: Recipe,
+    pattern: sparsegpt.Pattern | None,
+) -> Outcome:
+    """Compress `linears`, stacked along their rows."""
     W = torch.cat([linear.weight for linear in linears])  # L x [R, C] -> [sum R, C]
-    bits, sizes = recipe.weights.bits, sizes.to(W.device)
-    try:
-        if recipe.weights.solver == "rtn":
-            solution, factor = sparsegpt.round_to_nearest(W, sizes=sizes, bits=bits), None
-        else:
-            # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
-            whole = torch.tensor([W.shape[1]], device=W.device)
-            order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order else None
-            factor = sparsegpt.factor(H, damp=recipe.weights.damp, order=order)
-            del H
-            solution = sparsegpt.solve(W, factor, sizes=sizes, bits=bits)
-    except sparsegpt.SolveError as err:
-        raise NumericalFailure(f"{name}: {err}") from err
-    except ValueError as err:
-        raise BadInput(f"{name}: {err}") from err
     rows = [linear.out_features for linear in linears]
-    parts = zip(linears, *(t.split(rows) for t in (solution.codes, solution.grid.scale, solution.grid.zero)))
-    for linear, codes, scale, zero in parts:
-        linear.pack_(codes, scale.contiguous(), zero, sizes, bits)
-    return (
-        solution.relative_error,
-        None if factor is None else factor.damp,
-        0 if factor is None else len(factor.attempts),
-    )
+    bits, sizes = recipe.weights.bits, sizes.to(W.device)
+    grid = {} if bits == 16 else {"bits": bits, "sizes": sizes}
+    if recipe.weights.solver == "rtn":
+        solution, factor = sparsegpt.round_to_nearest(W, **grid), None
+    else:
+        # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
+        whole = torch.tensor([W.shape[1]], device=W.device)
+        order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order and grid else None
+        factor = sparsegpt.factor(H, damp=recipe.weights.damp, order=order)
+        if pattern is None:
+            del H
+            solution = sparsegpt.solve(W, factor, **grid, sweep=lowbit.sweep)
+        else:
+            p = recipe.pruning
+            how = {"method": p.method, "refine_steps": p.refine, "parts": rows, "sweep": lowbit.sweep}
+            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid)
+    store(linears, solution, sizes, recipe, keep=None if pattern is None else pattern.keep)
+    damp, attempts = (None, 0) if factor is None else (factor.damp, len(factor.attempts))
+    return Outcome(solution.relative_error, damp, attempts)
 
 
-def _fact(
-    name: str, linear: Linear, error: float | None, damp: float | None, attempts: int, seconds: float
-) -> LayerFact:
+def store(
+    linears: list[Linear],
+    solution: sparsegpt.Solution,
+    sizes: torch.Tensor,
+    recipe: Recipe,
+    *,
+    keep: tuple[int, int] | None,
+) -> None:
+    """Put a solution for the stacked weights into the linears, packed as the recipe says."""
+    rows = [linear.out_features for linear in linears]
+    masks = [None] * len(rows) if solution.mask is None else solution.mask.split(rows)
+    packed = recipe.pruning.storage == "packed"
+    for i, (linear, weight, kept) in enumerate(zip(linears, solution.weight.split(rows), masks)):
+        if solution.codes is not None:
+            codes, scale, zero = (t.split(rows)[i] for t in (solution.codes, solution.grid.scale, solution.grid.zero))
+            linear.pack_(codes, scale.contiguous(), zero, sizes, solution.grid.bits, kept=kept, keep=keep)
+            continue
+        linear.weight = weight.to(linear.weight.dtype)
+        if packed and kept is not None:
+            linear.pack_sparse_(kept, keep)
+
+
+def _fact(name: str, linear: Linear, outcome: Outcome, pattern, tokens: int | None, seconds: float) -> LayerFact:
     R, C = linear.out_features, linear.in_features
-    effective = 8 * linear.stored_bytes() / (R * C)
-    return LayerFact(name, (R, C), linear.bits, linear.groups, effective, error, damp, attempts, seconds)
+    sparse = getattr(linear, "sparse", None)
+    return LayerFact(
+        name=name,
+        shape=(R, C),
+        bits=linear.bits,
+        groups=linear.groups,
+        sparsity=None if pattern is None else 1 - linear.kept().sum().item() / (R * C),
+        keep=None if pattern is None or pattern.keep is None else "{}:{}".format(*pattern.keep),
+        storage="dense" if linear.bits == 16 and sparse is None else "packed",
+        effective_bits=8 * linear.stored_bytes() / (R * C),
+        relative_error=outcome.relative_error,
+        damp=outcome.damp,
+        attempts=outcome.attempts,
+        tokens=tokens,
+        failure=outcome.failure,
+        seconds=seconds,
+    )
 
 
 def as_rows(facts: list[LayerFact]) -> list[dict[str, Any]]:

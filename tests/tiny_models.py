@@ -14,11 +14,14 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 300
@@ -52,11 +55,32 @@ FAMILIES = {
     "gemma3_text": Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"]),
 }
 
+_EXPERTS = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    num_experts_per_tok=2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_QWEN_EXPERTS = dict(_EXPERTS, intermediate_size=80, moe_intermediate_size=48, num_experts=4)
+
+# Families with experts: not in FAMILIES, because reordering and activation quantization are refused for them.
+MOE = {
+    "mixtral": MixtralConfig(**_EXPERTS, intermediate_size=48, num_local_experts=4),
+    "qwen2_moe": Qwen2MoeConfig(**_QWEN_EXPERTS, shared_expert_intermediate_size=56, mlp_only_layers=[1]),
+    "qwen3_moe": Qwen3MoeConfig(**_QWEN_EXPERTS, head_dim=16, norm_topk_prob=True),
+}
+
 
 def build_model(family: str, seed: int = 0):
     """A random float32 model; norms, biases and weights all get spread, and some channels are made wide."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    model = AutoModelForCausalLM.from_config({**FAMILIES, **MOE}[family]).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ptq.architectures.spec import FusedQKV, Refusal, Spec
+from ptq.architectures.spec import ExpertsSpec, FusedQKV, Refusal, Spec
 
 _SEPARATE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
@@ -134,6 +134,30 @@ GEMMA2 = replace(
 
 GEMMA3 = replace(GEMMA2, model_type="gemma3_text", head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 
+MIXTRAL = replace(
+    LLAMA,
+    model_type="mixtral",
+    experts=ExpertsSpec("mlp.experts", router="mlp.gate", stored=("w1", "w3", "w2")),
+    renamed=((".mlp.", ".block_sparse_moe."),),
+)
+
+QWEN2_MOE = replace(
+    LLAMA,
+    model_type="qwen2_moe",
+    experts=ExpertsSpec(
+        "mlp.experts",
+        router="mlp.gate",
+        stored=("gate_proj", "up_proj", "down_proj"),
+        shared=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
+    ),
+)
+
+QWEN3_MOE = replace(
+    QWEN3,
+    model_type="qwen3_moe",
+    experts=ExpertsSpec("mlp.experts", router="mlp.gate", stored=("gate_proj", "up_proj", "down_proj")),
+)
+
 FAMILIES: dict[str, Spec] = {
     spec.model_type: spec
     for spec in (
@@ -149,5 +173,8 @@ FAMILIES: dict[str, Spec] = {
         PHI,
         GEMMA2,
         GEMMA3,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
     )
 }

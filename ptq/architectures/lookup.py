@@ -45,16 +45,24 @@ def spec_for(config: Any, model: nn.Module | None = None) -> Spec:
     return spec
 
 
-def block_paths(spec: Spec) -> tuple[str, ...]:
-    """Every path inside a block that the spec names."""
+def has_experts(spec: Spec, block: nn.Module) -> bool:
+    """Whether this block routes its tokens to experts; families with experts may have blocks without."""
+    return spec.experts is not None and spec.experts.module in dict(block.named_modules())
+
+
+def block_paths(spec: Spec, block: nn.Module) -> tuple[str, ...]:
+    """Every path inside `block` that the spec names."""
     norms = tuple(n for n in (spec.attention_norm, spec.mlp_norm) if n)
-    return norms + spec.qkv_linears + (spec.output,) + spec.up + (spec.down,) + (spec.head_norms or ())
+    mlp = (*spec.up, spec.down)
+    if has_experts(spec, block):
+        mlp = (spec.experts.module, spec.experts.router, *(spec.experts.shared or ()))
+    return norms + spec.qkv_linears + (spec.output,) + mlp + (spec.head_norms or ())
 
 
 def _check_paths(spec: Spec, model: nn.Module) -> None:
     for i, block in enumerate(model.get_submodule(spec.blocks)):
         names = dict(block.named_modules())
-        missing = [p for p in block_paths(spec) if p not in names]
+        missing = [p for p in block_paths(spec, block) if p not in names]
         if missing:
             raise UnsupportedModel(
                 f"{spec.model_type}: {spec.blocks}.{i} has no {', '.join(missing)}; it has {', '.join(n for n in names if n)}"

@@ -27,6 +27,24 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """The mixture of experts that stands in a block where `up` and `down` would. Paths are relative to the block.
+
+    Args:
+        module: the experts, called (hidden [T, C], expert index [T, k], weight [T, k]); transformers holds their weights fused,
+            gate_up_proj [E, 2 F, C] and down_proj [E, C, F].
+        router: the module that picks each token's experts; it stays in full precision.
+        stored: what one expert's gate, up and down are called in checkpoints, which mostly hold each expert's tensors apart.
+        shared: gate, up and down of an expert that every token passes, run before the router; if any.
+    """
+
+    module: str
+    router: str
+    stored: tuple[str, str, str]
+    shared: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Spec:
     """One model family.
 
@@ -39,12 +57,13 @@ class Spec:
         output: the attention's output projection.
         up: the linears fed by the MLP norm whose product or activation feeds `down`.
         down: the MLP's last linear, the last linear that a block runs.
+        experts: the mixture of experts; `up` and `down` are then those of the family's blocks without one.
         head_norms: norms of query and key heads between projection and rotary embedding, if any.
         rotary: None, "half" (channel i pairs with i + d/2) or "interleaved" (2i with 2i + 1). Under rotary embeddings query and
             key channels are never permuted; their grids are per channel, before the rotation.
         attention_interface: whether attention goes through transformers' pluggable functions (needed to quantize softmax).
         returns_tuple: whether a block returns a tuple whose first entry is the hidden state.
-        renamed: (prefix in the model, prefix in checkpoints) where transformers renamed a module.
+        renamed: (part of a name in the model, what checkpoints have instead) where transformers renamed a module.
         refuse: configurations that are refused.
     """
 
@@ -57,6 +76,7 @@ class Spec:
     mlp_norm: str | None
     up: tuple[str, ...]
     down: str
+    experts: ExpertsSpec | None = None
     head_norms: tuple[str, str] | None = None
     rotary: str | None = None
     attention_interface: bool = True

@@ -23,6 +23,17 @@ def whole(text: str) -> int:
     return number
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """--calib, --nsamples, --seqlen and --seed."""
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--calib", metavar="NAME|PATH", help="bundled (default), wikitext2, ptb, c4, file, or several: a,b"
+    )
+    data.add_argument("--nsamples", type=whole, metavar="N", help="windows")
+    data.add_argument("--seqlen", type=whole, metavar="N", help="tokens a window")
+    data.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default 0)")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device."""
     parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:N")

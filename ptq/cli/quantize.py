@@ -35,20 +35,19 @@ def add(verbs: Any) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--method", choices=METHODS, metavar="M", help=f"{', '.join(METHODS)} (default rptq)")
     how.add_argument("--act-grid", metavar="GRID", help="activation grids: cluster, tensor or token (dynamic)")
-    how.add_argument("--groups", type=_groups, metavar="G", help="weight groups: auto, cluster, channel or a size")
+    how.add_argument("--groups", type=parse_groups, metavar="G", help="weight groups: auto, cluster, channel or a size")
     how.add_argument("--tile", type=int, metavar="N", help="R1, R4, R5 in whole tiles of N channels: 32, 64 or 128")
     how.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="any recipe key; repeatable")
-    data = parser.add_argument_group("calibration")
-    data.add_argument(
-        "--calib", metavar="NAME|PATH", help="bundled (default), wikitext2, ptb, c4, file, or several: a,b"
-    )
-    data.add_argument("--nsamples", type=options.whole, metavar="N", help="windows")
-    data.add_argument("--seqlen", type=options.whole, metavar="N", help="tokens a window")
-    data.add_argument("--seed", type=int, metavar="N", help="seed of everything random (default 0)")
+    options.add_calibration(parser)
+    add_source(parser)
+    add_run_options(parser)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Options that say which model is meant."""
     source = parser.add_argument_group("model source")
     source.add_argument("--revision", metavar="R", help="hub branch, tag or commit")
     source.add_argument("--trust-remote-code", action="store_true", help="run code that ships with the model (off)")
-    add_run_options(parser)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +84,8 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     sizes, seconds = report["sizes"], report["seconds"]
     ratio = sizes["source_bytes"] / max(1, sizes["compressed_bytes"])
     bits = f"{report['bits']['weights_effective']:.2f} effective bits a compressed weight"
+    if report["sparsity"] is not None:
+        bits = f"{report['sparsity']:.2%} zeros, {bits}"
     size = f"{sizes['source_bytes'] / 1e6:.1f} MB -> {sizes['compressed_bytes'] / 1e6:.1f} MB ({ratio:.2f}x smaller)"
     return f"{out}: {len(report['modules'])} modules, {bits}, {size}, {seconds:.0f} s"
 
@@ -95,20 +96,20 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     Raises:
         BadInput: no bits chosen, a bad --set, or a value that `recipe.build` refuses.
     """
-    wanted = _given(
+    wanted = given(
         model=args.model,
         method=args.method,
         preset=args.preset,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code or None,
         seed=args.seed,
-        weights=_given(bits=args.wbits, groups=args.groups),
-        activations={**_activation_bits(args), **_given(grid=args.act_grid)},
-        clusters=_given(tile=args.tile),
-        calibration=_given(text=args.calib, nsamples=args.nsamples, seqlen=args.seqlen),
+        weights=given(bits=args.wbits, groups=args.groups),
+        activations={**_activation_bits(args), **given(grid=args.act_grid)},
+        clusters=given(tile=args.tile),
+        calibration=given(text=args.calib, nsamples=args.nsamples, seqlen=args.seqlen),
     )
     for setting in args.set:
-        _overlay(wanted, _parse_setting(setting))
+        overlay(wanted, parse_setting(setting))
     recipe = build(**wanted)
     sites = [key for key in wanted["activations"] if key.endswith("bits")]
     if recipe.preset is None and "bits" not in wanted["weights"] and not sites:
@@ -120,7 +121,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 def _activation_bits(args: argparse.Namespace) -> dict[str, int]:
     n = args.abits
     if n is None:
-        return _given(norm_bits=args.norm_abits, kv_bits=args.kv_bits)
+        return given(norm_bits=args.norm_abits, kv_bits=args.kv_bits)
     if n not in KV_BITS and args.kv_bits is None:
         stored = ", ".join(map(str, KV_BITS))
         raise BadInput(f"--abits {n}: keys and values are stored at {stored} bits, so say which: add --kv-bits N")
@@ -133,15 +134,17 @@ def _activation_bits(args: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def _groups(text: str) -> str | int:
+def parse_groups(text: str) -> str | int:
+    """A name, or a size in channels."""
     return int(text) if text.isdigit() else text
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _parse_setting(text: str) -> dict[str, Any]:
+def parse_setting(text: str) -> dict[str, Any]:
     """Turn `weights.damp=0.05` into {"weights": {"damp": 0.05}}; the value is read as YAML."""
     import yaml
 
@@ -157,10 +160,10 @@ def _parse_setting(text: str) -> dict[str, Any]:
     return nested
 
 
-def _overlay(base: dict[str, Any], top: dict[str, Any]) -> None:
+def overlay(base: dict[str, Any], top: dict[str, Any]) -> None:
     """Write `top` over `base`, mapping by mapping."""
     for key, value in top.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _overlay(base[key], value)
+            overlay(base[key], value)
         else:
             base[key] = value

@@ -141,15 +141,15 @@ def hessians(model_folder, recipe_for, run, tmp_path_factory):
     """(preset, options) -> (folder, H by block and site as the solver got it) of a llama run."""
 
     def made(preset, **options):
-        seen, solve = [], weights.quantize
+        seen, solve = {}, weights.compress_site
 
-        def keep(block, spec, recipe, H, orders, prefix):
-            seen.append({name: h.clone() for name, h in H.items()})
-            return solve(block, spec, recipe, H, orders, prefix)
+        def keep(block, site, recipe, H, orders, prefix, **options):
+            seen.setdefault(int(prefix.rpartition(".")[2]), {})[site.name] = H.clone()
+            return solve(block, site, recipe, H, orders, prefix, **options)
 
         out = tmp_path_factory.mktemp("h") / "o"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(weights, "quantize", keep)
+            patch.setattr(weights, "compress_site", keep)
             run(recipe_for(model_folder("llama"), preset=preset, **options), out)
         return out, seen
 

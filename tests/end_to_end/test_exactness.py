@@ -196,7 +196,7 @@ def test_full_precision_modules_equal_the_ones_they_replace(family, opened, mode
     original = AutoModelForCausalLM.from_pretrained(model_folder(family)).get_submodule(seen.spec.blocks)[0]
     block = fresh_block(seen)
     generator = torch.Generator().manual_seed(1)
-    for path in (*linear_paths(seen.spec), *norm_paths(seen.spec)):
+    for path in (*linear_paths(seen.spec, original), *norm_paths(seen.spec)):
         theirs, ours = original.get_submodule(path), block.get_submodule(path)
         channels = ours.in_features if hasattr(ours, "in_features") else ours.channels
         x = torch.randn(3, 5, channels, generator=generator)

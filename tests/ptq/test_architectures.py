@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import build_model
+from tiny_models import FAMILIES as TINY
+from tiny_models import MOE, build_model
 from transformers import AutoConfig, BloomConfig, FalconConfig, OPTConfig
 
 from ptq.architectures import FAMILIES, geometry_of, spec_for
@@ -15,9 +16,7 @@ from ptq.errors import UnsupportedModel
 
 
 def test_every_family_has_a_tiny_model_here():
-    from tiny_models import FAMILIES as TINY
-
-    assert set(TINY) == set(FAMILIES)
+    assert set(TINY) | set(MOE) == set(FAMILIES)
     assert all(name == spec.model_type == AutoConfig.for_model(name).model_type for name, spec in FAMILIES.items())
 
 
@@ -26,11 +25,11 @@ def test_every_linear_of_a_block_is_named_once(family):
     spec = spec_for(model.config, model)
     for block in model.get_submodule(spec.blocks):
         wide = [n for n, m in block.named_modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2]
-        assert sorted(linear_paths(spec)) == sorted(wide)
+        assert sorted(linear_paths(spec, block)) == sorted(wide)
         norms = {n for n, m in block.named_modules() if "norm" in type(m).__name__.lower()}
         # Gemma's norms after attention and MLP feed the residual stream, no linear: nothing to permute there
         after = {"post_attention_layernorm", "post_feedforward_layernorm"} if family.startswith("gemma") else set()
-        assert norms - after == set(block_paths(spec)) & norms
+        assert norms - after == set(block_paths(spec, block)) & norms
 
 
 def test_geometry_is_that_of_the_weights(family):

@@ -341,7 +341,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 def test_every_verb_has_its_help_and_a_body():
     actions = build_parser()._subparsers._group_actions[0].choices
-    assert list(actions) == ["quantize", "run", "eval", "generate", "inspect", "list"]
+    assert list(actions) == ["quantize", "prune", "run", "eval", "generate", "inspect", "list"]
     for name, parser in actions.items():
         assert parser.get_default("main") is not None, name
         assert parser.format_help().startswith(f"usage: ptq {name}")
@@ -382,7 +382,7 @@ def model_dir(path: Path, *, config: dict, report: dict | None = None) -> Path:
 def packed_dir(path: Path) -> Path:
     norm = {"kind": "norm", "norm": "layernorm", "permuted": True, "quantizer": None}
     modules = {"b.0.fc1": MODULE, "b.0.norm": norm, "b.0.fc2": {**MODULE, "bits": 16}}
-    quantization = {"quant_method": "ptq", "format_version": 1, "modules": modules}
+    quantization = {"quant_method": "ptq", "format_version": 2, "modules": modules}
     report = {
         "modules": [{**MEASURED, "damp": None, "attempts": 1, "seconds": 0.1}],
         "base_model": {"source": "org/m", "revision": "abc"},
@@ -461,7 +461,7 @@ class Terminal(StringIO):
         return True
 
 
-ROW = {"name": "a", "bits": 4, "effective_bits": 4.25, "relative_error": 0.5, "seconds": 1.0}
+ROW = {"name": "a", "bits": 4, "effective_bits": 4.25, "sparsity": None, "relative_error": 0.5, "seconds": 1.0}
 
 
 def test_module_lines_are_aligned():

@@ -1,0 +1,182 @@
+"""One block of the walk: collect -> reorder -> solve -> pack -> propagate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lowbit.modules import Linear
+from torch import nn
+
+import rptq
+from ptq import experts, quantizers, reorder, weights
+from ptq.architectures import Geometry, Spec
+from ptq.blocks import Call, load_block, run_block
+from ptq.errors import NumericalFailure
+from ptq.gram import Gram
+from ptq.recipe import Recipe, quantizes_activations
+from ptq.sequential import run_again, run_paused
+from ptq.sites import InputSite, block_sites, collect, until_last_input
+from ptq.source import Checkpoint
+
+# Bytes of stopped forwards that a true-sequential run may hold; with more calibration tokens it runs up to each site anew.
+PAUSED_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over the blocks of one run. `shares`: the sparsity of sites that have one of their own."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    model: nn.Module
+    spec: Spec
+    geometry: Geometry
+    names: dict[str, str]
+    device: torch.device
+    calls: list[dict[int, Call]]
+    shares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.model.get_submodule(self.spec.blocks))
+
+
+@dataclass
+class Compressed:
+    """One compressed block, the hidden states that leave it and what there is to report."""
+
+    block: nn.Module
+    states: list[torch.Tensor]
+    ranges: dict[str, rptq.ChannelRange]
+    orders: reorder.Orders
+    modules: list[weights.LayerFact]
+    sites: list[Any]
+
+
+@torch.no_grad()
+def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
+    """Compress block i on the hidden states [B, T, C] that enter it.
+
+    Raises:
+        NumericalFailure: an H that cannot be factored, or NaN or infinite values in the activations.
+    """
+    recipe, spec, geometry = run.recipe, run.spec, run.geometry
+    prefix = f"{spec.blocks}.{i}"
+    block = load_block(run.model, spec, i, run.names, run.checkpoint, device=run.device)
+    forwards = [lambda x=x: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states]
+
+    def passes() -> None:
+        for forward in forwards:
+            until_last_input(forward)
+
+    by_block = weights.wants_hessian(recipe) and not recipe.true_sequential
+    # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
+    one_pass = by_block and not quantizes_activations(recipe) and recipe.smooth is None
+    needs_ranges = (
+        recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not recipe.true_sequential
+    )
+    ranges, H = {}, {}
+    if needs_ranges:
+        found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix)
+        ranges, H = found.ranges, found.H
+    if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
+        ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
+    orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
+    reorder.fold_orders(block, spec, geometry, orders)
+    sites = []
+    if ranges:
+        try:
+            sites = quantizers.attach(block, spec, geometry, recipe, ranges, orders)
+        except ValueError as err:
+            raise NumericalFailure(f"{prefix}: {err}") from err
+    set_softmax_bits(block, spec, recipe.activations.softmax_bits)
+    if recipe.true_sequential:
+        facts, out = _solve_in_order(run, i, block, forwards, orders, prefix, paused_bytes(block, states))
+    else:
+        if by_block and not one_pass:
+            H = collect(block, spec, geometry, passes, ranges=False, hessians=True, where=prefix).H
+        elif by_block:
+            for name in H:  # one at a time: two copies of every H would set the peak of memory
+                H[name] = permuted_h(name, H[name], orders)
+        tokens = sum(x.shape[0] * x.shape[1] for x in states)
+        facts = []
+        for site in block_sites(spec, block):
+            facts += _compress_site(run, i, block, site, H.pop(site.name, None), orders, prefix, tokens)
+        out = [forward() for forward in forwards]
+    out = [x.cpu() for x in out]
+    bad = sum(int((~torch.isfinite(x)).sum()) for x in out)
+    if bad:
+        raise NumericalFailure(f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits")
+    return Compressed(block, out, ranges, orders, facts, sites)
+
+
+def _compress_site(run: Run, i: int, block, site: InputSite, H, orders, prefix: str, tokens: int):
+    pattern = weights.pattern_for(run.recipe, f"{prefix}.{site.name}", i, run.blocks, run.shares)
+    return weights.compress_site(block, site, run.recipe, H, orders, prefix, pattern=pattern, tokens=tokens)
+
+
+def _solve_in_order(
+    run: Run,
+    i: int,
+    block: nn.Module,
+    forwards: list[Callable[[], torch.Tensor]],
+    orders: reorder.Orders,
+    prefix: str,
+    held: int,
+) -> tuple[list[weights.LayerFact], list[torch.Tensor]]:
+    """Every site on what the compressed sites before it make; returns the facts and the block's outputs."""
+    grams: dict[str, Gram] = {}
+    facts: list[weights.LayerFact] = []
+    wants_h = weights.wants_hessian(run.recipe)
+    layer = None  # H and tokens at the router, toward which those of its experts are shrunk
+
+    def measure(site: InputSite, x: torch.Tensor) -> None:
+        if site.name not in grams:
+            grams[site.name] = Gram(x.shape[-1], x.device)
+        if wants_h:
+            grams[site.name].add(x)
+
+    def finish(site: InputSite) -> None:
+        nonlocal layer
+        H, tokens = grams.pop(site.name).take() if site.name in grams else (None, 0)
+        if site.router is not None:
+            layer = (H, tokens)
+        if wants_h and site.expert is not None:
+            H = _expert_hessian(block, site, H, tokens, layer)
+        if site.linears:
+            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens))
+
+    strategy = run_paused if held <= PAUSED_BYTES else run_again
+    outputs = strategy(block, block_sites(run.spec, block), forwards, measure=measure, finish=finish)
+    return facts, outputs
+
+
+def _expert_hessian(
+    block: nn.Module, site: InputSite, own: torch.Tensor | None, tokens: int, layer: tuple[torch.Tensor, int]
+) -> torch.Tensor:
+    """An expert's H, shrunk because few tokens may have come to it, or none (`own` is None then)."""
+    linear = block.get_submodule(site.linears[0])
+    if own is None:
+        own = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+    return experts.gate_up_hessian(own, tokens, *layer) if len(site.linears) == 2 else experts.down_hessian(own, tokens)
+
+
+def paused_bytes(block: nn.Module, states: list[torch.Tensor]) -> int:
+    """Roughly what forwards of `states` hold while they are stopped: residual, norm output and the widest linear's input, float32."""
+    tokens = sum(x.shape[0] * x.shape[1] for x in states)
+    widest = max(module.in_features for module in block.modules() if isinstance(module, Linear))
+    return 4 * tokens * (3 * states[0].shape[-1] + widest)
+
+
+def permuted_h(name: str, H: torch.Tensor, orders: reorder.Orders) -> torch.Tensor:
+    """H of the permuted input: x' = x[perm] gives H' = H[perm][:, perm]."""
+    order = reorder.input_order(orders, name)
+    return H if order is None else H[order.perm[:, None], order.perm]  # [C, C]
+
+
+def set_softmax_bits(block: nn.Module, spec: Spec, bits: int) -> None:
+    """Tell the block's attention module how many bits its probabilities have (read by the attention function "lowbit")."""
+    block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = bits if spec.attention_interface else 16
