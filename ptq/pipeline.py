@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ptq import experts, weights
+from ptq.allocate import allocate
 from ptq.architectures import Spec, geometry_of, spec_for
 from ptq.blocks import record_calls, skeleton, tensor_names
 from ptq.calibration import Calibration, calibration_windows
@@ -55,9 +57,10 @@ def compress(
     states, calls = record_calls(
         model, spec, names, checkpoint, batches, device=target, dtype=compute_dtype(checkpoint, target)
     )
+    run = Run(recipe, checkpoint, model, spec, geometry_of(checkpoint.config, spec), names, target, calls)
+    run = replace(run, shares=allocate(run, states))
     if ledger.completed < writer.blocks:
         states = ledger.entering(states)
-    run = Run(recipe, checkpoint, model, spec, geometry_of(checkpoint.config, spec), names, target, calls)
     for i in progress.track(range(ledger.completed, writer.blocks), start=ledger.completed):
         done = compress_block(run, i, states)
         writer.write_block(i, done.block, done.ranges, done.orders)

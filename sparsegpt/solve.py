@@ -39,7 +39,8 @@ def solve(
 
     pattern: choose the mask on the way (SparseGPT). mask: bool [R, C], a mask from elsewhere, False is pruned. Neither: GPTQ.
     bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted to W before the sweep.
-    parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one weight). sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
+    parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one weight).
+    sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
     Arithmetic is float32 whatever W is. A dead channel takes no error from the others and gives them none; it is rounded to
     nearest, and zeroed where weights are pruned, beside the budget.
     Raises ValueError for W that is not a finite matrix of factor's width, or arguments that do not fit it or each other.

@@ -1,0 +1,150 @@
+"""One sparsity for the whole model, spread unevenly over its sites (the linears that share an input).
+
+"owl" (arXiv 2310.05175, eq. 2): a block with more outlying |w| ||x|| keeps more. "error": each site is pruned at several levels, all from
+one factor of its H, and the budget goes where the layer error grows least.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import lowbit
+import torch
+from torch import nn
+
+import sparsegpt
+from ptq.blocks import load_block, run_block
+from ptq.errors import NumericalFailure
+from ptq.gram import Gram
+from ptq.recipe import Recipe
+from ptq.sequential import run_paused
+from ptq.sites import InputSite, block_sites
+from ptq.walk import Run
+
+OUTLIER = 5.0  # times the mean of |w| ||x||: OWL's M
+SPREAD = 0.08  # most that OWL moves a block from the mean: its lambda
+STEP, REACH = 0.05, 0.25  # levels of "error": the sparsity and multiples of STEP around it
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the full-precision model shows of one site: weights, OWL's share of outliers, error at each level."""
+
+    block: int
+    weights: int
+    outliers: float
+    errors: tuple[float, ...]
+
+
+def allocate(run: Run, states: list[torch.Tensor]) -> dict[str, float]:
+    """Sparsity of every site that has one of its own, by name ("model.layers.0.R5"); none under uniform allocation.
+
+    Args:
+        states: the hidden states [B, T, C] entering block 0; the model is walked in full precision.
+    """
+    p = run.recipe.pruning
+    if p.allocation == "uniform" or not p.sparsity:
+        return {}
+    found = measure(run, states)
+    if p.allocation == "owl":
+        return owl_shares(found, p.sparsity)
+    return error_shares(found, levels(p.sparsity), p.sparsity)
+
+
+def levels(sparsity: float) -> tuple[float, ...]:
+    """The sparsities at which errors are measured, ascending, inside 0 and 1."""
+    count = round(REACH / STEP)
+    around = (sparsity + STEP * i for i in range(-count, count + 1))
+    return tuple(s for s in around if 0 <= s <= 0.95) or (sparsity,)
+
+
+@torch.no_grad()
+def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
+    """Statistics of all sites of the blocks that are to be pruned."""
+    found: dict[str, Measured] = {}
+    for i in range(math.ceil(run.recipe.pruning.first * run.blocks)):
+        block = load_block(run.model, run.spec, i, run.names, run.checkpoint, device=run.device)
+        grams: dict[str, Gram] = {}
+
+        def see(site: InputSite, x: torch.Tensor, grams=grams) -> None:
+            grams.setdefault(site.name, Gram(x.shape[-1], x.device)).add(x)
+
+        def finish(site: InputSite, i=i, block=block, grams=grams) -> None:
+            name = f"{run.spec.blocks}.{i}.{site.name}"
+            if site.linears and site.name in grams:
+                H, _ = grams.pop(site.name).take()
+                found[name] = _measure_site(block, site, H, run.recipe, i, name)
+
+        forwards = [lambda x=x, i=i, block=block: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states]
+        outputs = run_paused(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
+        states = [x.cpu() for x in outputs]
+    return found
+
+
+def _measure_site(block: nn.Module, site: InputSite, H: torch.Tensor, recipe: Recipe, i: int, name: str) -> Measured:
+    linears = [block.get_submodule(path) for path in site.linears]
+    W = torch.cat([linear.weight for linear in linears]).float()  # L x [R, C] -> [sum R, C]
+    p = recipe.pruning
+    if p.allocation == "owl":
+        score = W.abs() * H.diagonal().sqrt()
+        return Measured(i, W.numel(), (score > OUTLIER * score.mean()).float().mean().item(), ())
+    try:
+        factor = sparsegpt.factor(H, damp=recipe.weights.damp)
+    except sparsegpt.SolveError as err:
+        raise NumericalFailure(f"{name}: {err}") from err
+    parts = [linear.out_features for linear in linears]
+    errors = []
+    for level in levels(p.sparsity):
+        pattern = sparsegpt.Pattern(sparsity=level, scope=p.scope, block=p.block)
+        errors.append(sparsegpt.solve(W, factor, pattern=pattern, parts=parts, sweep=lowbit.sweep).relative_error)
+    return Measured(i, W.numel(), 0.0, tuple(errors))
+
+
+def owl_shares(found: dict[str, Measured], sparsity: float) -> dict[str, float]:
+    """Sparsity of each site, equal within a block: density 2 lambda (D - min D) / (max D - min D), shifted to the mean that was asked."""
+    blocks = sorted({site.block for site in found.values()})
+    weights = [sum(s.weights for s in found.values() if s.block == b) for b in blocks]
+    outliers = [sum(s.weights * s.outliers for s in found.values() if s.block == b) / w for b, w in zip(blocks, weights)]
+    low, high = min(outliers), max(outliers)
+    spread = min(SPREAD, sparsity, 1 - sparsity)
+    moved = [2 * spread * (d - low) / (high - low) if high > low else 0.0 for d in outliers]
+    mean = sum(w * m for w, m in zip(weights, moved)) / sum(weights)
+    share = {b: min(1.0, max(0.0, sparsity + mean - m)) for b, m in zip(blocks, moved)}
+    return {name: share[site.block] for name, site in found.items()}
+
+
+def error_shares(found: dict[str, Measured], levels: tuple[float, ...], sparsity: float) -> dict[str, float]:
+    """Sparsity of each site that minimizes the sum of relative errors at the budget sparsity x weights.
+
+    Starts from the lowest level everywhere and takes the step with the least error for each further zero, on the convex hull of each
+    site's errors, where that greedy choice is optimal. The last step is cut to meet the budget.
+    """
+    steps = sorted(
+        (slope, name, below, above)
+        for name, site in found.items()
+        for slope, below, above in _hull(levels, site.errors, site.weights)
+    )
+    shares = dict.fromkeys(found, levels[0])
+    left = sum(site.weights * (sparsity - levels[0]) for site in found.values())
+    for _, name, below, above in steps:
+        if left <= 0:
+            break
+        gained = found[name].weights * (above - below)
+        shares[name] = below + (above - below) * min(1.0, left / gained)
+        left -= gained
+    return shares
+
+
+def _hull(levels: tuple[float, ...], errors: tuple[float, ...], weights: int) -> list[tuple[float, float, float]]:
+    """(error per zero, from level, to level) along the lower convex hull of the points (level, error), slopes ascending."""
+    hull = [0]
+    for j in range(1, len(levels)):
+        while len(hull) > 1 and _slope(levels, errors, hull[-2], hull[-1]) >= _slope(levels, errors, hull[-1], j):
+            hull.pop()
+        hull.append(j)
+    return [(_slope(levels, errors, a, b) / weights, levels[a], levels[b]) for a, b in zip(hull, hull[1:])]
+
+
+def _slope(levels: tuple[float, ...], errors: tuple[float, ...], a: int, b: int) -> float:
+    return (errors[b] - errors[a]) / (levels[b] - levels[a])
