@@ -72,6 +72,8 @@ def prune(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "sparsegpt" and not refine_steps and bits is None:
+        return solve(W, factor, pattern=pattern, parts=parts, **kernels)
     weight, mask = METHODS[method](W, H, factor, pattern, parts, kernels)
     if refine_steps:
         weight = refine(W, weight, mask, H, steps=refine_steps, damp=factor.damp)

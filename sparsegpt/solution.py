@@ -20,7 +20,7 @@ class Solution:
     codes: uint8 [R, C] and grid: its WeightGrid, weight being exactly dequantize(codes, grid); None without quantization.
     loss: ||(W - weight) V||_F^2 over live channels, which is tr((W - weight)(H + lambda I)(W - weight)^T): damping is
     included, units are those of H. relative_error: loss / ||W V||_F^2, 0 for W = 0,
-    over evenly spaced rows where there are more than 2048. Both None when no factor was given.
+    over evenly spaced rows where there are more than 512. Both None when no factor was given.
     """
 
     weight: Tensor

@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"architectures (model_type)\n  {', '.join(sorted(FAMILIES))}\n")
     print("presets: bits per site (- is full precision: embeddings, head, norms and the residual stream always are)")
     print(_indent(table(preset_rows(), right=tuple(range(1, len(HEADING))))) + "\n")
-    print("methods")
+    print("methods (ptq quantize, then ptq prune)")
     print(_indent("\n".join(f"{name:<12} {note}" for name, note in METHOD_NOTES.items())))
 
 
