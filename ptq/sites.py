@@ -15,9 +15,11 @@ from lowbit.modules import Linear, Norm
 from torch import nn
 
 import rptq
+from ptq import distributed
 from ptq.architectures import Geometry, Spec, has_experts
 from ptq.architectures.geometry import qkv_rows
 from ptq.errors import NumericalFailure
+from ptq.gram import Gram
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ def collect(
 ) -> Statistics:
     """Run `forward` (which calls the block once a micro-batch, each through `until_last_input`) and measure.
 
-    H is taken from inputs as the linears use them: where a linear quantizes its input, the quantized one.
+    H is taken from inputs as the linears use them: where a linear quantizes its input, the quantized one. Of several processes each
+    runs its own micro-batches; all get what the whole shows.
 
     Raises:
         NumericalFailure: NaN or infinite activations, with the block and site.
     """
     found = Statistics({}, {})
+    grams: dict[str, Gram] = {}
     handles = []
 
     def see(name: str, x: torch.Tensor) -> None:
@@ -132,7 +136,7 @@ def collect(
                 see(site.name, x)
             if hessians:
                 quantized = x if linear.input_quantizer is None else linear.input_quantizer(x)
-                _accumulate(found.H, site.name, quantized)
+                grams[site.name].add(quantized)
             if site.name == "R5":
                 raise _LastInput
 
@@ -143,6 +147,8 @@ def collect(
 
     for site in input_sites(spec):
         linear = block.get_submodule(site.linears[0])
+        if hessians:
+            grams[site.name] = Gram(linear.in_features, linear.weight.device)
         handles.append(linear.register_forward_pre_hook(on_input(site, linear)))
     if ranges:
         for out in output_sites(spec, geometry):
@@ -152,7 +158,21 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+    if ranges and distributed.size() > 1:
+        channels = {site.name: block.get_submodule(site.linears[0]).in_features for site in input_sites(spec)}
+        channels |= {site.name: site.rows.numel() for site in output_sites(spec, geometry)}
+        device = linear.weight.device
+        found.ranges = {name: _of_all(found.ranges.get(name), count, device) for name, count in channels.items()}
+    for name in list(grams):
+        found.H[name], _ = grams.pop(name).take()
     return found
+
+
+def _of_all(found: rptq.ChannelRange | None, channels: int, device: torch.device) -> rptq.ChannelRange:
+    """The range over the tokens of all processes; `found`, this one's, is None where it has no micro-batch."""
+    low = torch.full((channels,), torch.inf, device=device) if found is None else found.min
+    high = torch.full((channels,), -torch.inf, device=device) if found is None else found.max
+    return rptq.ChannelRange(*distributed.extremes(low, high))
 
 
 def until_last_input(run: Callable[[], object]) -> None:
@@ -161,13 +181,6 @@ def until_last_input(run: Callable[[], object]) -> None:
         run()
     except _LastInput:
         pass
-
-
-def _accumulate(H: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> None:
-    tokens = x.reshape(-1, x.shape[-1]).float()  # [..., C] -> [T, C]
-    if name not in H:
-        H[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
-    H[name].addmm_(tokens.T, tokens)
 
 
 def norm_of(block: nn.Module, site: InputSite) -> Norm | None:

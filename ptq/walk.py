@@ -11,7 +11,7 @@ from lowbit.modules import Linear
 from torch import nn
 
 import rptq
-from ptq import experts, quantizers, reorder, weights
+from ptq import distributed, experts, quantizers, reorder, weights
 from ptq.architectures import Geometry, Spec
 from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
@@ -72,11 +72,13 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         for forward in forwards:
             until_last_input(forward)
 
-    by_block = weights.wants_hessian(recipe) and not recipe.true_sequential
+    # Experts are solved one after another, which only the true-sequential walk does.
+    in_order = recipe.true_sequential or spec.experts is not None
+    by_block = weights.wants_hessian(recipe) and not in_order
     # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
     one_pass = by_block and not quantizes_activations(recipe) and recipe.smooth is None
     needs_ranges = (
-        recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not recipe.true_sequential
+        recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not in_order
     )
     ranges, H = {}, {}
     if needs_ranges:
@@ -93,7 +95,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         except ValueError as err:
             raise NumericalFailure(f"{prefix}: {err}") from err
     set_softmax_bits(block, spec, recipe.activations.softmax_bits)
-    if recipe.true_sequential:
+    if in_order:
         facts, out = _solve_in_order(run, i, block, forwards, orders, prefix, paused_bytes(block, states))
     else:
         if by_block and not one_pass:
@@ -101,7 +103,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         elif by_block:
             for name in H:  # one at a time: two copies of every H would set the peak of memory
                 H[name] = permuted_h(name, H[name], orders)
-        tokens = sum(x.shape[0] * x.shape[1] for x in states)
+        tokens = int(distributed.total(torch.tensor(sum(x.shape[0] * x.shape[1] for x in states))))
         facts = []
         for site in block_sites(spec, block):
             facts += _compress_site(run, i, block, site, H.pop(site.name, None), orders, prefix, tokens)
@@ -134,18 +136,18 @@ def _solve_in_order(
     layer = None  # H and tokens at the router, toward which those of its experts are shrunk
 
     def measure(site: InputSite, x: torch.Tensor) -> None:
-        if site.name not in grams:
-            grams[site.name] = Gram(x.shape[-1], x.device)
         if wants_h:
-            grams[site.name].add(x)
+            gram_of(block, site, grams).add(x)
 
     def finish(site: InputSite) -> None:
         nonlocal layer
-        H, tokens = grams.pop(site.name).take() if site.name in grams else (None, 0)
+        # Also of a site that nothing reached here: another process may have tokens for it, and all take together.
+        H, tokens = gram_of(block, site, grams).take() if wants_h else (None, 0)
+        grams.pop(site.name, None)
         if site.router is not None:
             layer = (H, tokens)
         if wants_h and site.expert is not None:
-            H = _expert_hessian(block, site, H, tokens, layer)
+            H = _expert_hessian(site, H, tokens, layer)
         if site.linears:
             facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens))
 
@@ -154,13 +156,18 @@ def _solve_in_order(
     return facts, outputs
 
 
+def gram_of(block: nn.Module, site: InputSite, grams: dict[str, Gram]) -> Gram:
+    """The site's own in `grams`, begun where it has none."""
+    if site.name not in grams:
+        weight = block.get_submodule(site.entry).weight  # [R, C]
+        grams[site.name] = Gram(weight.shape[1], weight.device)
+    return grams[site.name]
+
+
 def _expert_hessian(
-    block: nn.Module, site: InputSite, own: torch.Tensor | None, tokens: int, layer: tuple[torch.Tensor, int]
+    site: InputSite, own: torch.Tensor, tokens: int, layer: tuple[torch.Tensor, int]
 ) -> torch.Tensor:
-    """An expert's H, shrunk because few tokens may have come to it, or none (`own` is None then)."""
-    linear = block.get_submodule(site.linears[0])
-    if own is None:
-        own = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+    """An expert's H, shrunk because few tokens may have come to it, or none."""
     return experts.gate_up_hessian(own, tokens, *layer) if len(site.linears) == 2 else experts.down_hessian(own, tokens)
 
 
@@ -168,7 +175,7 @@ def paused_bytes(block: nn.Module, states: list[torch.Tensor]) -> int:
     """Roughly what forwards of `states` hold while they are stopped: residual, norm output and the widest linear's input, float32."""
     tokens = sum(x.shape[0] * x.shape[1] for x in states)
     widest = max(module.in_features for module in block.modules() if isinstance(module, Linear))
-    return 4 * tokens * (3 * states[0].shape[-1] + widest)
+    return 4 * tokens * (3 * max((x.shape[-1] for x in states), default=0) + widest)
 
 
 def permuted_h(name: str, H: torch.Tensor, orders: reorder.Orders) -> torch.Tensor:
