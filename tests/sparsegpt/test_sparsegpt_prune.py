@@ -415,6 +415,7 @@ INTERLEAVED = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     "changed, facts",
     [
         (dict(pattern=HALF, mask=KEPT), ["mask", "pattern"]),
+        (dict(), ["nothing", "pattern", "mask", "bits"]),
         (dict(mask=KEPT[:, :7]), ["mask", "[2, 8]", "[2, 7]"]),
         (dict(mask=KEPT.float()), ["mask", "bool", "float32"]),
         (dict(pattern=HALF, W=torch.ones(2, 9)), ["9", "8"]),
