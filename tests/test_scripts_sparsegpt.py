@@ -115,11 +115,19 @@ def test_only_rows_that_calibrate_have_seeds():
 
 
 def test_a_finished_text_is_measured_once_and_a_failed_one_again():
-    row, there = ROWS["sparsegpt-50"], record(a=36.9, b="exit 4")
-    assert list(table.finished_texts(there, row, "w")) == ["a"]
-    assert table.finished_texts(there, row, "other weights") == {}
-    assert table.finished_texts(there | {"options": ["--nm", "2:4"]}, row, "w") == {}
-    assert table.finished_texts(None, row, "w") == {}
+    assert list(table.finished_texts(record(a=36.9, b="exit 4"))) == ["a"]
+    assert table.finished_texts(None) == {}
+
+
+def test_records_of_other_options_or_other_weights_are_dropped(capsys):
+    stale = record(seed=1, a=1.5) | {"options": ["--nm", "2:4"]}
+    gone = record(seed=2, a=1.5) | {"row": "a row of old"}
+    moved = record(seed=3, a=1.5) | {"weights": "other"}
+    elsewhere = record("another", a=1.5) | {"weights": "other"}
+    good = record(a=1.5)
+    records = {table.key(one): one for one in (good, stale, gone, moved, elsewhere)}
+    assert list(table.still_hold(records, "m", "w").values()) == [good, elsewhere]
+    assert capsys.readouterr().err.count("dropped") == 3
 
 
 def test_records_come_back_by_cell_and_only_under_the_same_settings(tmp_path):
@@ -130,7 +138,7 @@ def test_records_come_back_by_cell_and_only_under_the_same_settings(tmp_path):
     found = table.read_records(path, SHARED)
     assert found == {("m", "sparsegpt-50", 0): rows[0], ("m", "full", None): rows[1]}
     # what comes back from JSON must count as made with the row's options
-    assert table.finished_texts(found["m", "sparsegpt-50", 0], ROWS["sparsegpt-50"], "w") == {"a": {"perplexity": 36.9}}
+    assert table.still_hold(found, "m", "w") == found
     with pytest.raises(table.CannotGoOn, match="nsamples 128, not 64"):
         table.read_records(path, SHARED | {"nsamples": 64})
 

@@ -45,7 +45,10 @@ def sweep_kernel(
     W1, steps, mask, score, scale, low, high, values, kept, b, R, steps_stride, n,
     GROUP: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a block for ROWS rows of W; errors take the place of W1. GROUP is the m of n:m, 0 without it; LANES its power of two."""
+    """All steps of a block for ROWS rows of W; errors take the place of W1.
+
+    GROUP is the m of n:m, 0 without it, LANES the power of two that holds it.
+    """
     step = tl.arange(0, STEPS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < R
