@@ -6,7 +6,6 @@ one factor of its H, and the budget goes where the layer error grows least.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import lowbit
@@ -14,17 +13,19 @@ import torch
 from torch import nn
 
 import sparsegpt
+from ptq import distributed
 from ptq.blocks import load_block, run_block
 from ptq.errors import NumericalFailure
 from ptq.gram import Gram
-from ptq.recipe import Recipe
+from ptq.recipe import Recipe, pruned_blocks
 from ptq.sequential import run_paused
 from ptq.sites import InputSite, block_sites
-from ptq.walk import Run
+from ptq.walk import Run, gram_of
 
 OUTLIER = 5.0  # times the mean of |w| ||x||: OWL's M
 SPREAD = 0.08  # most that OWL moves a block from the mean: its lambda
 STEP, REACH = 0.05, 0.25  # levels of "error": the sparsity and multiples of STEP around it
+MOST = 0.95  # highest level, unless the sparsity is near it
 
 
 @dataclass(frozen=True)
@@ -53,28 +54,34 @@ def allocate(run: Run, states: list[torch.Tensor]) -> dict[str, float]:
 
 
 def levels(sparsity: float) -> tuple[float, ...]:
-    """The sparsities at which errors are measured, ascending, inside 0 and 1."""
+    """The sparsities at which errors are measured, ascending, from 0 to less than 1, some of them on either side of `sparsity`."""
     count = round(REACH / STEP)
-    around = (sparsity + STEP * i for i in range(-count, count + 1))
-    return tuple(s for s in around if 0 <= s <= 0.95) or (sparsity,)
+    most = max(MOST, (1 + sparsity) / 2)
+    return tuple(sorted({min(max(0.0, sparsity + STEP * i), most) for i in range(-count, count + 1)}))
 
 
 @torch.no_grad()
 def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
     """Statistics of all sites of the blocks that are to be pruned."""
     found: dict[str, Measured] = {}
-    for i in range(math.ceil(run.recipe.pruning.first * run.blocks)):
+    for i in range(pruned_blocks(run.recipe.pruning, run.blocks)):
         block = load_block(run.model, run.spec, i, run.names, run.checkpoint, device=run.device)
         grams: dict[str, Gram] = {}
 
-        def see(site: InputSite, x: torch.Tensor, grams=grams) -> None:
-            grams.setdefault(site.name, Gram(x.shape[-1], x.device)).add(x)
+        def see(site: InputSite, x: torch.Tensor, block=block, grams=grams) -> None:
+            gram_of(block, site, grams).add(x)
 
         def finish(site: InputSite, i=i, block=block, grams=grams) -> None:
             name = f"{run.spec.blocks}.{i}.{site.name}"
-            if site.linears and site.name in grams:
-                H, _ = grams.pop(site.name).take()
-                found[name] = _measure_site(block, site, H, run.recipe, i, name)
+            H, tokens = gram_of(block, site, grams).take()
+            del grams[site.name]
+            if not site.linears or not tokens:
+                return
+            try:
+                found[name] = _measure_site(block, site, H, run.recipe, i)
+            except sparsegpt.SolveError as err:  # under "skip" the walk says so, when it comes to leave the site whole
+                if run.recipe.on_failure != "skip":
+                    raise NumericalFailure(f"{name}: {err}") from err
 
         forwards = [lambda x=x, i=i, block=block: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states]
         outputs = run_paused(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
@@ -82,35 +89,35 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
     return found
 
 
-def _measure_site(block: nn.Module, site: InputSite, H: torch.Tensor, recipe: Recipe, i: int, name: str) -> Measured:
+def _measure_site(block: nn.Module, site: InputSite, H: torch.Tensor, recipe: Recipe, i: int) -> Measured:
     linears = [block.get_submodule(path) for path in site.linears]
     W = torch.cat([linear.weight for linear in linears]).float()  # L x [R, C] -> [sum R, C]
     p = recipe.pruning
     if p.allocation == "owl":
         score = W.abs() * H.diagonal().sqrt()
         return Measured(i, W.numel(), (score > OUTLIER * score.mean()).float().mean().item(), ())
-    try:
-        factor = sparsegpt.factor(H, damp=recipe.weights.damp)
-    except sparsegpt.SolveError as err:
-        raise NumericalFailure(f"{name}: {err}") from err
+    factor = sparsegpt.factor(H, damp=recipe.weights.damp)
     parts = [linear.out_features for linear in linears]
-    errors = []
-    for level in levels(p.sparsity):
+    errors = torch.zeros(len(levels(p.sparsity)), dtype=torch.float64)
+    for n, level in distributed.mine(list(enumerate(levels(p.sparsity)))):
         pattern = sparsegpt.Pattern(sparsity=level, scope=p.scope, block=p.block)
-        errors.append(sparsegpt.solve(W, factor, pattern=pattern, parts=parts, sweep=lowbit.sweep).relative_error)
-    return Measured(i, W.numel(), 0.0, tuple(errors))
+        errors[n] = sparsegpt.solve(W, factor, pattern=pattern, parts=parts, sweep=lowbit.sweep).relative_error
+    return Measured(i, W.numel(), 0.0, tuple(distributed.total(errors).tolist()))
 
 
 def owl_shares(found: dict[str, Measured], sparsity: float) -> dict[str, float]:
-    """Sparsity of each site, equal within a block: density 2 lambda (D - min D) / (max D - min D), shifted to the mean that was asked."""
+    """Sparsity of each site, equal within a block: density 2 lambda (D - min D) / (max D - min D), shifted to the mean that was asked.
+
+    Near a sparsity of 0 or 1 lambda is smaller, so that no block leaves that range.
+    """
     blocks = sorted({site.block for site in found.values()})
     weights = [sum(s.weights for s in found.values() if s.block == b) for b in blocks]
     outliers = [sum(s.weights * s.outliers for s in found.values() if s.block == b) / w for b, w in zip(blocks, weights)]
     low, high = min(outliers), max(outliers)
-    spread = min(SPREAD, sparsity, 1 - sparsity)
-    moved = [2 * spread * (d - low) / (high - low) if high > low else 0.0 for d in outliers]
+    moved = [2 * SPREAD * (d - low) / (high - low) if high > low else 0.0 for d in outliers]
     mean = sum(w * m for w, m in zip(weights, moved)) / sum(weights)
-    share = {b: min(1.0, max(0.0, sparsity + mean - m)) for b, m in zip(blocks, moved)}
+    room = min([1.0, *((1 - sparsity if mean > m else sparsity) / abs(mean - m) for m in moved if m != mean)])
+    share = {b: min(1.0, max(0.0, sparsity + room * (mean - m))) for b, m in zip(blocks, moved)}
     return {name: share[site.block] for name, site in found.items()}
 
 

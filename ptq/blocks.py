@@ -105,7 +105,7 @@ def fill_experts(
 ) -> None:
     """Give the experts of a block their weights, one expert at a time also where the checkpoint holds them fused."""
     for local in block.get_submodule(spec.experts.module).state_dict(prefix=f"{spec.experts.module}."):
-        source = names[prefix + local]
+        source = names[f"{prefix}.{local}"]
         part = layout.expert_part(local, checkpoint.shapes[source])
         linear = block.get_submodule(local.removesuffix(".weight"))
         linear.weight = checkpoint.read_part(source, part).to(device)
@@ -178,7 +178,7 @@ def load_block(
     prefix = f"{spec.blocks}.{i}"
     if has_experts(spec, block):
         swap(block, spec.experts.module, Experts.full_precision)
-        fill_experts(block, f"{prefix}.", spec, names, checkpoint, device=device)
+        fill_experts(block, prefix, spec, names, checkpoint, device=device)
     fill(block, prefix, names, checkpoint, device=device)
     block = block.to(device)
     for path in linear_paths(spec, block):

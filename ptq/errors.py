@@ -23,3 +23,9 @@ class NumericalFailure(PtqError):
     """A result that is not a finite number, or a matrix that could not be factorised."""
 
     exit_code = 4
+
+
+class LostProcess(PtqError):
+    """Another process of a distributed run is gone; this one can only be resumed, as after an interruption."""
+
+    exit_code = 130

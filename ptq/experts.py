@@ -18,16 +18,6 @@ import torch
 from ptq.architectures import Spec
 from ptq.errors import NumericalFailure, UnsupportedModel
 from ptq.recipe import Recipe, quantizes_activations
-from ptq.sites import InputSite
-
-
-def expert_hessian(
-    site: InputSite, own: torch.Tensor, tokens: int, layer: torch.Tensor, layer_tokens: int
-) -> torch.Tensor:
-    """H a token of an expert's site, R4.e<i> or R5.e<i>; arguments as of `gate_up_hessian`."""
-    if site.name.startswith("R4"):
-        return gate_up_hessian(own, tokens, layer, layer_tokens)
-    return down_hessian(own, tokens)
 
 
 def gate_up_hessian(own: torch.Tensor, tokens: int, layer: torch.Tensor, layer_tokens: int) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ptq import distributed
+
 # Panels of columns: more of them skip more of the mirrored half, fewer keep the products large. Eight do 9/16 of the work.
 PANELS = 8
 
@@ -11,11 +13,12 @@ PANELS = 8
 class Gram:
     """Sum of x x^T, float32 [C, C], and the number of tokens; only the upper half is computed (arXiv 2301.00774, section 3.2).
 
-    The sum is scaled nowhere: what uses H is indifferent to its scale.
+    The sum is scaled nowhere: what uses H is indifferent to its scale. Each `add` makes float32 products, which are summed in float64:
+    29 bits to spare make the sum of a few dozen exact, so that H does not depend on which process adds what.
     """
 
     def __init__(self, channels: int, device: torch.device):
-        self.upper = torch.zeros(channels, channels, device=device)
+        self.upper = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -23,16 +26,18 @@ class Gram:
         x = x.reshape(-1, x.shape[-1]).float()  # [..., C] -> [T, C]
         self.tokens += x.shape[0]
         for columns in panels(x.shape[1]):
-            self.upper[: columns.stop, columns].addmm_(x[:, : columns.stop].t(), x[:, columns])
+            self.upper[: columns.stop, columns] += x[:, : columns.stop].t() @ x[:, columns]
 
     def take(self) -> tuple[torch.Tensor, int]:
-        """(H, tokens), H symmetric to the last bit. Uses up the accumulator."""
-        H, self.upper = self.upper, None
+        """(H, tokens) of all processes, which take together; H symmetric to the last bit. Uses up the accumulator."""
+        upper, self.upper = self.upper, None
+        H = torch.empty_like(upper, dtype=torch.float32)
         for columns in panels(H.shape[0]):
+            H[: columns.stop, columns] = distributed.total(upper[: columns.stop, columns])
             block = H[columns, columns]
             block.copy_(block.triu() + block.triu(1).t())
             H[columns, : columns.start] = H[: columns.start, columns].t()
-        return H, self.tokens
+        return H, int(distributed.total(torch.tensor(self.tokens)))
 
 
 def panels(channels: int) -> list[slice]:

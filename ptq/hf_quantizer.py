@@ -6,11 +6,12 @@ from typing import Any
 
 import lowbit
 import torch
+from lowbit.experts import Experts
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptq.architectures import FAMILIES, Spec
+from ptq.architectures import FAMILIES, Spec, has_experts
 from ptq.consistency import check_filled, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 
@@ -49,6 +50,8 @@ class PtqQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        spec = spec_of(model.config)
+        take_experts_apart(model, spec)
         for name, module_spec in self.quantization_config.modules.items():
             owner, _, leaf = name.rpartition(".")
             parent = model.get_submodule(owner)
@@ -57,7 +60,6 @@ class PtqQuantizer(HfQuantizer):
             setattr(parent, leaf, new)
             if not parent._buffers:  # transformers would initialize missing weights of its children, which are packed
                 parent._is_hf_initialized = True
-        spec = spec_of(model.config)
         for block in model.get_submodule(spec.blocks):
             block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = self.quantization_config.softmax_bits
 
@@ -87,6 +89,15 @@ def _attention_name() -> str:
     from lowbit.attention import NAME
 
     return NAME
+
+
+def take_experts_apart(model: nn.Module, spec: Spec) -> None:
+    """Give each expert linears of its own, as the packed format has them; transformers' module holds them fused."""
+    for block in model.get_submodule(spec.blocks):
+        if has_experts(spec, block):
+            owner, _, leaf = spec.experts.module.rpartition(".")
+            parent = block.get_submodule(owner)
+            setattr(parent, leaf, Experts.full_precision(getattr(parent, leaf)))
 
 
 def spec_of(config: Any) -> Spec:

@@ -8,13 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ptq import distributed
 from ptq.calibration import Calibration
 from ptq.recipe import Recipe, fingerprint
 from ptq.source import Checkpoint
 
 
 def identity_of(recipe: Recipe, checkpoint: Checkpoint, calibration: Calibration, device: str) -> dict[str, str]:
-    """Recipe, model, calibration tokens, device and software of a run."""
+    """Recipe, model, calibration tokens, devices and software of a run."""
     import transformers
 
     import ptq
@@ -28,6 +29,7 @@ def identity_of(recipe: Recipe, checkpoint: Checkpoint, calibration: Calibration
         "model": hashlib.sha256(json.dumps([files, times, config]).encode()).hexdigest(),
         "calibration": calibration.fingerprint,
         "device": _device(device),
+        "processes": str(distributed.size()),
         "ptq": ptq.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ptq import distributed
 from ptq.errors import BadInput
 
 MANIFEST = "ledger.json"
@@ -70,21 +71,29 @@ class Ledger:
 
     @classmethod
     def open(cls, out: Path, identity: dict[str, str], *, resume: bool) -> Ledger:
-        """Start a run in OUT.partial (made by `entering`), or continue the one that is there.
+        """Start a run in OUT.partial (made by `entering`), or continue the one that is there. The first of several processes looks.
 
         Args:
             identity: what the result depends on, name -> value (recipe, model, calibration tokens, software).
 
         Raises:
-            BadInput: OUT exists; OUT.partial exists and `resume` is off; nothing to resume; or the run there differs.
+            BadInput: OUT exists; OUT.partial exists and `resume` is off; nothing to resume; the run there differs; or the
+                processes' identities do.
         """
-        refuse_existing(out, resume=resume)
+        changed = distributed.differing(identity)
+        if changed:
+            what = "all need the same files, software and kind of machine"
+            raise BadInput(f"the processes of this run differ in {', '.join(changed)}; {what}")
         folder = out.with_name(f"{out.name}.partial")
-        if resume:
-            return cls._continue(folder, identity)
-        if folder.exists():
-            raise BadInput(f"{folder}: an unfinished run is there; continue it with --resume or remove the folder")
-        return cls(folder, identity, 0, [])
+        found = cls(folder, identity, 0, [])
+        if distributed.rank() == 0:
+            refuse_existing(out, resume=resume)
+            if resume:
+                found = cls._continue(folder, identity)
+            elif folder.exists():
+                raise BadInput(f"{folder}: an unfinished run is there; continue it with --resume or remove the folder")
+        found.completed = int(distributed.total(torch.tensor(found.completed)))
+        return found
 
     @classmethod
     def _continue(cls, folder: Path, identity: dict[str, str]) -> Ledger:
@@ -109,8 +118,11 @@ class Ledger:
             BadInput: the folder cannot be made, or the states of a run to resume cannot be read.
         """
         path = self._activations(self.completed)
-        if self.completed == 0 and not path.is_file():
+        began = self.completed == 0 and not path.is_file()
+        if began and distributed.rank() == 0:
             self._make()
+        distributed.wait()  # the others write into what the first has made
+        if began:
             write_tensors(path, {str(i): x for i, x in enumerate(first)})
             return first
         try:
@@ -127,24 +139,31 @@ class Ledger:
         self._save()
 
     def complete(self, states: list[torch.Tensor], record: Any) -> None:
-        """Block `completed` is done: its shard is written, `states` leave it, `record` describes it."""
+        """Block `completed` is done: its shard is written, `states` leave it, `record` describes it.
+
+        Each process keeps its own states; the manifest goes on when all have, and what was before goes when the manifest has gone on.
+        """
         write_tensors(self._activations(self.completed + 1), {str(i): x for i, x in enumerate(states)})
         self.completed += 1
         self.records.append(record)
-        self._save()
+        distributed.wait()
+        if distributed.rank() == 0:
+            self._save()
+        distributed.wait()
         self._activations(self.completed - 1).unlink(missing_ok=True)
 
     def finish(self, out: Path) -> None:
         """Drop the state and let the output appear."""
         for path in self.folder.glob("activations-*.safetensors"):
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may be removing its own
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
         self.folder.rename(out)
         (out / MANIFEST).unlink()  # last: without it a run killed before the rename could not be resumed
 
     def _activations(self, i: int) -> Path:
-        return self.folder / f"activations-{i:05d}.safetensors"
+        whose = "" if distributed.size() == 1 else f"-{distributed.rank():05d}"
+        return self.folder / f"activations-{i:05d}{whose}.safetensors"
 
     def _save(self) -> None:
         state = {"identity": self.identity, "completed": self.completed, "records": self.records}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq import experts, weights
+from ptq import distributed, experts, weights
 from ptq.allocate import allocate
 from ptq.architectures import Spec, geometry_of, spec_for
 from ptq.blocks import record_calls, skeleton, tensor_names
@@ -32,14 +32,15 @@ MICRO_BATCH_TOKENS = 2048
 def compress(
     recipe: Recipe, *, out: Path, device: str = "auto", resume: bool = False, offline: bool = False, progress: Progress
 ) -> dict[str, Any]:
-    """Compress recipe.model into the folder `out`; returns the report.
+    """Compress recipe.model into the folder `out`; returns the report, {} in all but the first process of a distributed run.
 
     Raises:
         BadInput, UnsupportedModel, NumericalFailure: see their messages; `out` is then not there, OUT.partial may be.
     """
     started = time.monotonic()
-    target = torch.device(pick_device(device))
-    refuse_existing(out, resume=resume)
+    target = torch.device(pick_device(distributed.own_device(device)))
+    if distributed.rank() == 0:
+        refuse_existing(out, resume=resume)
     folder = resolve(
         recipe.model, revision=recipe.revision, offline=offline, trust_remote_code=recipe.trust_remote_code
     )
@@ -53,7 +54,7 @@ def compress(
     ledger = Ledger.open(out, identity_of(recipe, checkpoint, calibration, target.type), resume=resume)
     writer = Writer(ledger.folder, checkpoint, model, spec, recipe, names)
 
-    batches = list(calibration.tokens.split(micro_batch(recipe)))
+    batches = distributed.mine(list(calibration.tokens.split(micro_batch(recipe))))
     states, calls = record_calls(
         model, spec, names, checkpoint, batches, device=target, dtype=compute_dtype(checkpoint, target)
     )
@@ -63,7 +64,8 @@ def compress(
         states = ledger.entering(states)
     for i in progress.track(range(ledger.completed, writer.blocks), start=ledger.completed):
         done = compress_block(run, i, states)
-        writer.write_block(i, done.block, done.ranges, done.orders)
+        if distributed.rank() == 0:
+            writer.write_block(i, done.block, done.ranges, done.orders)
         states = done.states
         record = {
             "modules": weights.as_rows(done.modules),
@@ -78,6 +80,8 @@ def compress(
             progress.detail(
                 "  {site:<3} {channels} channels, {clusters} clusters, {bits} bits, grid {grid}".format(**site)
             )
+    if distributed.rank() > 0:
+        return {}
     writer.write_rest()
     report = build_report(
         recipe=recipe,

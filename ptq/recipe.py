@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -305,7 +307,7 @@ def _check_pruning(recipe: Recipe) -> None:
     p = recipe.pruning
     _share(p.sparsity, "pruning.sparsity")
     _share(p.first, "pruning.first")
-    _one_of(p.method, PRUNING_METHODS, "pruning.method")
+    _one_of(p.method, tuple(PRUNING_METHODS), "pruning.method")  # a tuple, because a value from YAML may not hash
     _one_of(p.scope, ("block", "row", "layer"), "pruning.scope")
     _one_of(p.allocation, ALLOCATIONS, "pruning.allocation")
     _one_of(p.storage, STORAGES, "pruning.storage")
@@ -313,8 +315,10 @@ def _check_pruning(recipe: Recipe) -> None:
     _at_least(p.block, 1, "pruning.block")
     if not prunes(recipe):
         return
+    if p.first == 0:
+        raise BadInput("pruning.first: 0 prunes no block; give the share of the blocks, for instance 0.66")
     if p.keep is not None:
-        n, m = keep_of(p)
+        _, m = keep_of(p)
         if p.sparsity:
             raise BadInput(f"pruning: sparsity {p.sparsity} and keep {p.keep} exclude each other; give one")
         if p.allocation != "uniform":
@@ -324,7 +328,7 @@ def _check_pruning(recipe: Recipe) -> None:
     if recipe.weights.solver != "gptq":
         raise BadInput(f"weights.solver: {recipe.weights.solver} does not prune; use gptq")
     if p.storage == "dense" and (recipe.reorder or quantizes(recipe)):
-        raise BadInput("pruning.storage: dense stores plain weights, which quantization and reordering need packed")
+        raise BadInput("pruning.storage: dense stores plain weights, not quantized or reordered ones; use packed")
 
 
 def prunes(recipe: Recipe) -> bool:
@@ -343,11 +347,18 @@ def quantizes_activations(recipe: Recipe) -> bool:
     return min(a.bits, a.norm_bits, a.q_bits, a.kv_bits, a.softmax_bits) < 16
 
 
+def pruned_blocks(pruning: Pruning, blocks: int) -> int:
+    """How many of `blocks`, from the first on: the share `first` of them, rounded up."""
+    return math.ceil(round(pruning.first * blocks, 9))  # 0.7 * 10 is a little more than 7
+
+
 def keep_of(pruning: Pruning) -> tuple[int, int]:
     """(n, m) of "n:m". Raises BadInput unless 0 < n < m <= 16."""
-    parts = str(pruning.keep).split(":")
-    if len(parts) == 2 and all(part.isdigit() for part in parts):
-        n, m = int(parts[0]), int(parts[1])
+    if not isinstance(pruning.keep, str):  # YAML reads 2:4 as a number in base 60
+        raise BadInput(f"pruning.keep: {pruning.keep!r} is not text; put n:m in quotes, for instance '2:4'")
+    found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", pruning.keep)
+    if found:
+        n, m = int(found[1]), int(found[2])
         if 0 < n < m <= 16:
             return n, m
     raise BadInput(f"pruning.keep: {pruning.keep!r} is not n:m with 0 < n < m <= 16; 2:4 keeps 2 of every 4")

@@ -95,7 +95,7 @@ def _coverage(model: nn.Module, compressed: int, modules: list[dict[str, Any]]) 
         if row["failure"]:
             skipped.append({"name": row["name"], "reason": row["failure"]})
         elif row["bits"] == 16 and row["sparsity"] is None:
-            skipped.append({"name": row["name"], "reason": "16 bits asked for"})
+            skipped.append({"name": row["name"], "reason": "neither bits nor zeros were asked of it"})
     return {"compressed_parameters": compressed, "other_parameters": total - compressed, "skipped": skipped}
 
 

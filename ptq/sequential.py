@@ -66,8 +66,8 @@ def run_again(
     """The same, bit for bit, with one forward alive at a time: runs up to each site anew. For calibration sets beyond memory."""
     for site in sites:
 
-        def stop(linear: Linear, args, site=site) -> None:
-            measure(site, used_input(linear, args[0]))
+        def stop(entry: nn.Module, args, site=site) -> None:
+            measure(site, used_input(entry, args[0]))
             raise _Enough
 
         handle = block.get_submodule(site.entry).register_forward_pre_hook(stop)
@@ -83,9 +83,10 @@ def run_again(
     return [forward() for forward in forwards]
 
 
-def used_input(linear: Linear, x: torch.Tensor) -> torch.Tensor:
-    """x as the linear multiplies it: quantized where it quantizes its input."""
-    return x if linear.input_quantizer is None else linear.input_quantizer(x)
+def used_input(entry: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x as the site's linears multiply it: quantized where they quantize their input, which a router never does."""
+    quantizer = entry.input_quantizer if isinstance(entry, Linear) else None
+    return x if quantizer is None else quantizer(x)
 
 
 class _Reached:
@@ -98,7 +99,7 @@ class _Enough(Exception):
 
 
 def _pause(driver: greenlet, site: int):
-    def stop(linear: Linear, args) -> None:
-        driver.switch(_Reached(site, used_input(linear, args[0])))
+    def stop(entry: nn.Module, args) -> None:
+        driver.switch(_Reached(site, used_input(entry, args[0])))
 
     return stop

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lowbit
@@ -13,8 +12,9 @@ from lowbit.modules import Linear
 from torch import nn
 
 import sparsegpt
+from ptq import distributed
 from ptq.errors import BadInput, NumericalFailure
-from ptq.recipe import Recipe, keep_of, prunes
+from ptq.recipe import Recipe, keep_of, pruned_blocks, prunes
 from ptq.reorder import Orders, input_order
 from ptq.sites import InputSite
 
@@ -106,7 +106,7 @@ def wants_hessian(recipe: Recipe) -> bool:
 def pattern_for(recipe: Recipe, site: str, i: int, blocks: int, shares: dict[str, float]) -> sparsegpt.Pattern | None:
     """What to prune at a site ("model.layers.0.R5") of block i of `blocks`; `shares` gives some sites a sparsity of their own."""
     p = recipe.pruning
-    if not prunes(recipe) or i >= math.ceil(p.first * blocks):
+    if not prunes(recipe) or i >= pruned_blocks(p, blocks):
         return None
     if p.keep is not None:
         return sparsegpt.Pattern(keep=keep_of(p), preserve=p.preserve)
@@ -143,28 +143,53 @@ def _solve(
     recipe: Recipe,
     pattern: sparsegpt.Pattern | None,
 ) -> Outcome:
-    """Compress `linears`, stacked along their rows."""
-    W = torch.cat([linear.weight for linear in linears])  # L x [R, C] -> [sum R, C]
-    rows = [linear.out_features for linear in linears]
-    bits, sizes = recipe.weights.bits, sizes.to(W.device)
+    """Compress `linears`, stacked along their rows, of which each process solves its share."""
+    bits, sizes = recipe.weights.bits, sizes.to(linears[0].weight.device)
     grid = {} if bits == 16 else {"bits": bits, "sizes": sizes}
     if recipe.weights.solver == "rtn":
+        W = torch.cat([linear.weight for linear in linears])  # L x [R, C] -> [sum R, C]
         solution, factor = sparsegpt.round_to_nearest(W, **grid), None
     else:
+        shares = [linear.weight[distributed.share(linear.out_features)] for linear in linears]
+        W = torch.cat(shares)  # L x [R, C] -> [sum R, C]
+        kernels = {"sweep": lowbit.sweep, "total": distributed.total}
+        if distributed.size() > 1:
+            kernels["lowest"] = distributed.lowest
         # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
         whole = torch.tensor([W.shape[1]], device=W.device)
         order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order and grid else None
         factor = sparsegpt.factor(H, damp=recipe.weights.damp, order=order)
         if pattern is None:
             del H
-            solution = sparsegpt.solve(W, factor, **grid, sweep=lowbit.sweep)
+            solution = sparsegpt.solve(W, factor, **grid, **kernels)
         else:
             p = recipe.pruning
-            how = {"method": p.method, "refine_steps": p.refine, "parts": rows, "sweep": lowbit.sweep}
-            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid)
+            how = {"method": p.method, "refine_steps": p.refine, "parts": [len(part) for part in shares]}
+            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, **kernels)
+        solution = _of_all(solution, linears)
     store(linears, solution, sizes, recipe, keep=None if pattern is None else pattern.keep)
     damp, attempts = (None, 0) if factor is None else (factor.damp, len(factor.attempts))
     return Outcome(solution.relative_error, damp, attempts)
+
+
+def _of_all(solution: sparsegpt.Solution, linears: list[Linear]) -> sparsegpt.Solution:
+    """The solution for all rows of the stacked weights, put together from every process's share of them."""
+    if distributed.size() == 1:
+        return solution
+    rows = [linear.out_features for linear in linears]
+    mine = [len(range(R)[distributed.share(R)]) for R in rows]
+
+    def whole(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            return None
+        return torch.cat([distributed.whole(part, R) for part, R in zip(x.split(mine), rows)])  # [r, C] -> [sum R, C]
+
+    grid = solution.grid
+    if grid is not None:
+        grid = replace(grid, scale=whole(grid.scale), zero=whole(grid.zero))
+    return replace(
+        solution, weight=whole(solution.weight), mask=whole(solution.mask), codes=whole(solution.codes), grid=grid
+    )
 
 
 def store(

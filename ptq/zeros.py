@@ -7,17 +7,16 @@ from typing import Any
 
 import lowbit
 import torch
-from lowbit.experts import Experts
 from lowbit.modules import Linear, linear_shape
 from lowbit.sparse import group_counts
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ptq.architectures import Spec, has_experts, spec_for
-from ptq.blocks import skeleton, swap, tensor_names
+from ptq.architectures import spec_for
+from ptq.blocks import skeleton, tensor_names
 from ptq.checkpoint import check_format, is_compressed
 from ptq.errors import BadInput
-from ptq.hf_quantizer import spec_of
+from ptq.hf_quantizer import spec_of, take_experts_apart
 from ptq.layout import expert_part
 from ptq.source import Checkpoint, read_config, read_headers
 
@@ -42,7 +41,7 @@ def count_zeros(folder: Path, rows: list[dict[str, Any]]) -> dict[str, dict[str,
     packed = is_compressed(config)
     spec = spec_of(config) if packed else spec_for(config, model)
     names = {} if packed else tensor_names(model, spec, checkpoint)
-    _take_experts_apart(model, spec)
+    take_experts_apart(model, spec)  # the report names each expert's linears
     found = {}
     for row in rows:
         name = row["name"]
@@ -64,13 +63,6 @@ def count_zeros(folder: Path, rows: list[dict[str, Any]]) -> dict[str, dict[str,
             "dense_bytes": kept.numel() * like.weight.element_size(),
         }
     return found
-
-
-def _take_experts_apart(model: nn.Module, spec: Spec) -> None:
-    """The report names each expert's linears; transformers' module holds them fused."""
-    for block in model.get_submodule(spec.blocks):
-        if has_experts(spec, block):
-            swap(block, spec.experts.module, Experts.full_precision)
 
 
 def _packed(checkpoint: Checkpoint, name: str, like: nn.Module) -> Linear:

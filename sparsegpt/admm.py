@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsegpt.factor import damped
-from sparsegpt.pattern import Pattern
+from sparsegpt.pattern import Pattern, alone
 from sparsegpt.scores import choose
 
 
@@ -27,15 +27,16 @@ def admm(
     doublings: int = 6,
     iterations: int = 5,
     parts: list[int] | None = None,
+    **rows: Callable,
 ) -> tuple[Tensor, Tensor]:
     """Short ADMM with a doubling penalty: `iterations` at each of `doublings` values of rho (H with a unit diagonal).
 
     W float [R, C], H float [C, C] = sum x x^T (any multiple). start: [R, C], the first Z, by default W projected. parts: rows of
-    each of the weights stacked in W; each has its own threshold, or each row with scope "row".
+    each of the weights stacked in W; each has its own threshold, or each row with scope "row". rows: `lowest` and `total` as for `solve`.
     Returns (weight float32 [R, C], mask bool [R, C]); refine the weight, ADMM leaves it short of the optimum on its mask.
     Costs `doublings` inversions of H and one product [R, C] x [C, C] an iteration.
     """
-    problem = _scaled(W, H, pattern, damp, parts)
+    problem = _scaled(W, H, pattern, damp, parts, rows)
     Z, mask = problem.project(problem.W if start is None else start.float() * problem.scale)
     U = torch.zeros_like(Z)
     eye = torch.eye(W.shape[1], device=W.device)
@@ -57,22 +58,24 @@ def alps(
     rho: float = 0.03,
     rounds: int = 100,
     parts: list[int] | None = None,
+    total: Callable = alone,
+    **rows: Callable,
 ) -> tuple[Tensor, Tensor]:
     """ALPS (arXiv 2406.07831, Alg. 1): rho grows every third step by how much the support still moves, until it stands.
 
     Arguments and result as for `admm`. rounds bounds the growth steps; the support usually stands long before. Costs one
     eigendecomposition of H, then two products an iteration whatever rho is.
     """
-    problem = _scaled(W, H, pattern, damp, parts)
+    problem = _scaled(W, H, pattern, damp, parts, rows | {"total": total})
     Z, mask = problem.project(problem.W)
     U = torch.zeros_like(Z)
     eigenvalues, Q = torch.linalg.eigh(problem.H)
-    target = int(mask.sum())
+    target = int(total(mask.sum()))
     for _ in range(rounds):
         before = mask
         for _ in range(3):
             Z, U, mask = problem.step(Z, U, rho, lambda A, rho=rho: ((A @ Q) / (eigenvalues + rho)) @ Q.t())
-        moved = int((before ^ mask).sum())
+        moved = int(total((before ^ mask).sum()))
         if moved == 0:
             break
         growth = 1.3 if moved >= 0.1 * target else 1.2 if moved >= 0.005 * target else 1.1
@@ -99,7 +102,7 @@ class _Scaled:
         return Z, U.sub_(Z), mask
 
 
-def _scaled(W: Tensor, H: Tensor, pattern: Pattern, damp: float, parts: list[int] | None) -> _Scaled:
+def _scaled(W: Tensor, H: Tensor, pattern: Pattern, damp: float, parts: list[int] | None, rows) -> _Scaled:
     dead = H.diagonal() == 0
     damped_H = damped(H.float(), damp)
     scale = damped_H.diagonal().sqrt()
@@ -107,7 +110,7 @@ def _scaled(W: Tensor, H: Tensor, pattern: Pattern, damp: float, parts: list[int
 
     def project(X: Tensor) -> tuple[Tensor, Tensor]:
         X = X.masked_fill(fixed, 0)
-        mask = choose(X, None, pattern, method="magnitude", parts=parts, dead=dead)
+        mask = choose(X, None, pattern, method="magnitude", parts=parts, dead=dead, **rows)
         return X * mask, mask
 
     scaled_H = damped_H.div_(scale[:, None]).div_(scale)

@@ -1,9 +1,12 @@
 """Asymmetric weight grids, one per (row, group of contiguous columns), and rounding onto them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparsegpt.pattern import alone
 
 SMALLEST_SCALE = 2.0**-20
 
@@ -29,11 +32,14 @@ def group_index(sizes: Tensor, channels: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
 
 
-def fit_grid(W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = torch.float16) -> WeightGrid:
+def fit_grid(
+    W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = torch.float16, total: Callable = alone
+) -> WeightGrid:
     """Min-max grid of W float [R, C] per row and group, widened to hold 0 so that zero weights stay exactly zero.
 
     GPTQ (arXiv 2210.17323) section 4. Scales are raised to at least 2^-20 and rounded to scale_dtype; when the largest is
     outside that dtype's normal range (float16: 2^-14 to 65504) all stay float32. A group of zeros has scale 1 and zero 0.
+    total: as for `solve`.
     Raises ValueError for W that is not a finite matrix, bits outside 2..8, or bad sizes.
     """
     if W.ndim != 2 or not W.is_floating_point():
@@ -52,10 +58,12 @@ def fit_grid(W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = 
     # Dividing before subtracting keeps the range of two huge weights of opposite sign finite.
     scale = (high / levels - low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
     constant = high == low
-    largest = scale.masked_fill(constant, 0).amax() if scale.numel() else scale.new_ones(())
-    scale = scale.masked_fill_(constant, 1)
     info = torch.finfo(scale_dtype)
-    if constant.all() or info.tiny <= largest <= info.max:
+    # Counts, because these can be summed over the processes that hold the other rows.
+    found = [~constant, ~constant & (scale >= info.tiny), ~constant & (scale > info.max)]
+    some, normal, above = total(torch.stack([which.sum() for which in found])).tolist()
+    scale = scale.masked_fill_(constant, 1)
+    if not some or (normal and not above):
         # Small groups beside normal ones: a subnormal scale is coarse, but the grid is used as stored. The floor keeps its
         # rounding within 3%, at steps that no float16 weight of the tensor can tell from zero.
         scale = scale.clamp_(min=SMALLEST_SCALE).to(scale_dtype)

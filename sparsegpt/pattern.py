@@ -57,6 +57,11 @@ def lowest(score: Tensor, count: int) -> Tensor:
     return chosen.view_as(score)
 
 
+def alone(x: Tensor) -> Tensor:
+    """The sum over all processes that hold rows of a weight, where one holds them all."""
+    return x
+
+
 def lowest_in_columns(score: Tensor, count: Tensor) -> Tensor:
     """The count[g] smallest entries of each column of score [n, g], ties from the top: bool [n, g]."""
     rank = score.argsort(dim=0, stable=True).argsort(dim=0)  # [n, g]
@@ -75,11 +80,12 @@ def lowest_in_groups(score: Tensor, keep: tuple[int, int]) -> Tensor:
 class Budget:
     """Zeros still to be placed over the mask blocks of one layer, so that their total is exactly round(sparsity x weights).
 
-    parts: rows of each of the weights stacked in the layer; each has a budget of its own. lowest: as `lowest` here.
+    parts: rows of each of the weights stacked in the layer; each has a budget of its own. lowest, total: as `lowest` and `alone` here.
     """
 
-    def __init__(self, pattern: Pattern, parts: list[int], lowest=lowest):
-        self.pattern, self.parts, self.lowest = pattern, parts, lowest
+    def __init__(self, pattern: Pattern, parts: list[int], lowest=lowest, total=alone):
+        self.pattern, self.parts, self.lowest, self.total = pattern, parts, lowest, total
+        self.rows = [1] * len(parts) if pattern.scope == "row" else total(torch.tensor(parts)).tolist()
         self.live = 0
         self.placed = [torch.zeros(rows if pattern.scope == "row" else 1, dtype=torch.int64) for rows in parts]
 
@@ -100,11 +106,14 @@ class Budget:
 
     def _choose_part(self, score: Tensor, i: int, live: Tensor) -> Tensor:
         by_row = self.pattern.scope == "row"
-        target = round(self.pattern.sparsity * (1 if by_row else self.parts[i]) * self.live)
-        existing = (score < 0).sum(0).cpu() if by_row else (score < 0).sum().cpu()[None]
-        most = int(live.sum()) * (1 if by_row else self.parts[i])
+        target = round(self.pattern.sparsity * self.rows[i] * self.live)
+        existing = (score < 0).sum(0).cpu() if by_row else self._existing(score)
+        most = int(live.sum()) * self.rows[i]
         count = (target - self.placed[i]).clamp(min=0).maximum(existing).clamp(max=most)
         self.placed[i] += count
         if by_row:
             return lowest_in_columns(score, count.to(score.device))
         return self.lowest(score, int(count))
+
+    def _existing(self, score: Tensor) -> Tensor:
+        return self.total((score < 0).sum()).cpu()[None] if self.pattern.preserve else torch.zeros(1, dtype=torch.int64)

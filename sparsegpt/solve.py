@@ -34,6 +34,7 @@ def solve(
     scale_dtype: torch.dtype = torch.float16,
     sweep: Callable = torch_sweep,
     lowest: Callable = patterns.lowest,
+    total: Callable = patterns.alone,
 ) -> Solution:
     """Prune, quantize, or both in one sweep: W float [R, C] column by column in factor.order, each absorbing the errors before it.
 
@@ -41,21 +42,23 @@ def solve(
     bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted to W before the sweep.
     parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one weight).
     sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
+    total: where several processes solve the same weights at once, each some of the rows of every part, the sum of a tensor over all
+    of them; `lowest` then chooses among the rows of all. Every process must make the same calls.
     Arithmetic is float32 whatever W is. A dead channel takes no error from the others and gives them none; it is rounded to
     nearest, and zeroed where weights are pruned, beside the budget.
     Raises ValueError for W that is not a finite matrix of factor's width, or arguments that do not fit it or each other.
     """
     parts = [W.shape[0]] if parts is None else list(parts)
     _check(W, factor, pattern, mask, sizes, bits, parts, update_block)
-    grid = None if bits is None else fit_grid(W, sizes, bits, scale_dtype=scale_dtype)
+    grid = None if bits is None else fit_grid(W, sizes, bits, scale_dtype=scale_dtype, total=total)
     R, C = W.shape
     columns = by_step(W, factor)  # [C, R], turns from W into D = W - W_hat block by block
     kept = _given_mask(W, factor, pattern, mask)
-    sampled = slice(None, None, max(1, R // REFERENCE_ROWS))
+    sampled = slice(None, None, max(1, int(total(torch.tensor(R))) // REFERENCE_ROWS))
     reference = energy(columns[:, sampled], factor)
     values = torch.empty(C, R, dtype=torch.uint8 if grid else torch.float32, device=W.device)
     loss = torch.zeros(R, dtype=torch.float64, device=W.device)
-    budget = Budget(pattern, parts, lowest) if pattern is not None and pattern.sparsity is not None else None
+    budget = Budget(pattern, parts, lowest, total) if pattern is not None and pattern.sparsity is not None else None
     keep = pattern.keep if pattern is not None else None
     if keep is not None:
         update_block = max(1, update_block // keep[1]) * keep[1]
@@ -70,6 +73,8 @@ def solve(
             loss += _solve_block(W1, columns, values, kept, block, factor, grid, keep, sweep)
             W1 = None
     del columns
+    losses = torch.tensor([loss.sum(), loss[sampled].sum(), reference], dtype=torch.float64)
+    lost, lost_of_sampled, reference = total(losses).tolist()
     by_channel = torch.argsort(factor.order)
     values = values[by_channel].t().contiguous()  # [C, R] by step -> [R, C] by channel
     return Solution(
@@ -77,8 +82,8 @@ def solve(
         mask=None if kept is None else kept[by_channel].t().contiguous(),
         codes=values if grid else None,
         grid=grid,
-        loss=loss.sum().item(),
-        relative_error=relative(loss[sampled].sum().item(), reference),
+        loss=lost,
+        relative_error=relative(lost_of_sampled, reference),
     )
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from argparse import Namespace
 
-from ptq.errors import PtqError, UnsupportedModel
+from ptq.errors import LostProcess, PtqError, UnsupportedModel
 
 DISK = {
     errno.ENOSPC: "free some space",
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     set_environment(args)
     try:
         return _run(args)
+    except LostProcess as err:
+        return _fail(f"{err}{_resume_hint(args, argv, '; resume with: ')}", err.exit_code)
     except PtqError as err:
         return _fail(_message(err), err.exit_code)
     except KeyboardInterrupt:
@@ -57,9 +59,21 @@ def _run(args: Namespace) -> int:
     # a scheduler's SIGTERM is as resumable as Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return args.main(args) or 0
+        if not _one_of_several():
+            return args.main(args) or 0
+        from ptq import distributed
+
+        distributed.start()
+        code = args.main(args) or 0
+        distributed.stop()
+        return code
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _one_of_several() -> bool:
+    """Whether torchrun started this process and others."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def disk_errno(err: BaseException) -> int | None:
@@ -82,9 +96,17 @@ def _interrupted(args: Namespace, argv: list[str]) -> str:
 def _resume_hint(args: Namespace, argv: list[str], lead: str) -> str:
     if not hasattr(args, "resume"):
         return ""
-    return lead + shlex.join(["ptq", *argv, *([] if args.resume else ["--resume"])])
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    command = ["torchrun", "--nproc-per-node", count, "-m", "ptq"] if _one_of_several() else ["ptq"]
+    return lead + shlex.join([*command, *argv, *([] if args.resume else ["--resume"])])
 
 
 def _fail(message: str, code: int) -> int:
+    if _one_of_several():
+        from ptq import distributed
+
+        first, code = distributed.fail(code)
+        if not first:
+            return code
     print(f"ptq: error: {message}", file=sys.stderr)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"unknown {value!r}{suggest(value, action.choices)}")
 
     def error(self, message: str) -> NoReturn:
-        print(f"ptq: error: {message}; see `{self.prog} --help`", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once, of all the processes that torchrun starts
+            print(f"ptq: error: {message}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ptq.cli import options
 from ptq.cli.quantize import add_run_options, add_source, compress, given, overlay, parse_groups, parse_setting
 from ptq.errors import BadInput
-from ptq.recipe import ALLOCATIONS, PRUNING_METHODS, STORAGES, Recipe, build
+from ptq.recipe import ALLOCATIONS, PRUNING_METHODS, STORAGES, Recipe, build, prunes
 
 EPILOG = """\
 --nm 2:4 keeps 2 of every 4 weights along a row. Without --wbits the result is an ordinary checkpoint with zeros in it, which
@@ -63,8 +63,6 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """
     if (args.sparsity is None) == (args.nm is None):
         raise BadInput("give one of --sparsity (share of zeros, for instance 0.5) and --nm (2:4 keeps 2 of every 4)")
-    if args.sparsity == 0:
-        raise BadInput("--sparsity 0 prunes nothing; give the share of zeros, for instance 0.5")
     wanted = given(
         model=args.model,
         method=args.method or "sparsegpt",
@@ -86,7 +84,10 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     )
     for setting in args.set:
         overlay(wanted, parse_setting(setting))
-    return build(**wanted)
+    recipe = build(**wanted)
+    if not prunes(recipe):
+        raise BadInput("--sparsity 0 prunes nothing; give the share of zeros, for instance 0.5")
+    return recipe
 
 
 def _refine(text: str | None) -> int | None:

@@ -66,13 +66,15 @@ def main(args: argparse.Namespace) -> None:
 
 def compress(recipe: Recipe, args: argparse.Namespace) -> None:
     """Run `recipe` with the options of `add_run_options`; print a summary, or the report under --json."""
-    from ptq import pipeline
+    from ptq import distributed, pipeline
 
-    out = Path(args.out)
-    progress = Progress(quiet=args.quiet, verbose=args.verbose)
+    out, first = Path(args.out), distributed.rank() == 0
+    progress = Progress(quiet=args.quiet or not first, verbose=args.verbose)
     report = pipeline.compress(
         recipe, out=out, device=args.device, resume=args.resume, offline=args.offline, progress=progress
     )
+    if not first:
+        return
     if args.json:
         options.write_json(args.json, report)
     if args.json != "-":
