@@ -83,7 +83,9 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
                 if run.recipe.on_failure != "skip":
                     raise NumericalFailure(f"{name}: {err}") from err
 
-        forwards = [lambda x=x, i=i, block=block: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states]
+        forwards = [
+            lambda x=x, i=i, block=block: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states
+        ]
         outputs = run_paused(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
         states = [x.cpu() for x in outputs]
     return found
@@ -112,7 +114,9 @@ def owl_shares(found: dict[str, Measured], sparsity: float) -> dict[str, float]:
     """
     blocks = sorted({site.block for site in found.values()})
     weights = [sum(s.weights for s in found.values() if s.block == b) for b in blocks]
-    outliers = [sum(s.weights * s.outliers for s in found.values() if s.block == b) / w for b, w in zip(blocks, weights)]
+    outliers = [
+        sum(s.weights * s.outliers for s in found.values() if s.block == b) / w for b, w in zip(blocks, weights)
+    ]
     low, high = min(outliers), max(outliers)
     moved = [2 * SPREAD * (d - low) / (high - low) if high > low else 0.0 for d in outliers]
     mean = sum(w * m for w, m in zip(weights, moved)) / sum(weights)

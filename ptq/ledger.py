@@ -84,10 +84,11 @@ class Ledger:
         if changed:
             what = "all need the same files, software and kind of machine"
             raise BadInput(f"the processes of this run differ in {', '.join(changed)}; {what}")
+        if distributed.rank() == 0:
+            refuse_existing(out, resume=resume)
         folder = out.with_name(f"{out.name}.partial")
         found = cls(folder, identity, 0, [])
         if distributed.rank() == 0:
-            refuse_existing(out, resume=resume)
             if resume:
                 found = cls._continue(folder, identity)
             elif folder.exists():

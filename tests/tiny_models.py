@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -80,7 +82,8 @@ MOE = {
 def build_model(family: str, seed: int = 0):
     """A random float32 model; norms, biases and weights all get spread, and some channels are made wide."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config({**FAMILIES, **MOE}[family]).eval()
+    config = copy.deepcopy({**FAMILIES, **MOE}[family])  # saving a model in half precision writes its dtype into the config
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -179,9 +179,10 @@ def test_masks_and_codes_are_those_of_one_process(count, names, recipes, alone, 
             # Products round otherwise in another shape, and a solve carries that along by H's condition, which damping by 1% of the
             # mean keeps below 100 C; C <= 96 here.
             most = 100 * 96 * 2**-24 * float(theirs[key].abs().max())
-            torch.testing.assert_close(found, theirs[key], rtol=0, atol=most, msg=lambda text: f"{name} {key}: {text}")
+            torch.testing.assert_close(found, theirs[key], rtol=0, atol=most)
         for ours, theirs in zip(errors(tmp_path / name), errors(alone / name), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-3), name  # equal in what was minimized, and for a part to the last digits
+            assert (ours is None) == (theirs is None), name
+            assert ours is None or ours == pytest.approx(theirs, rel=1e-3), name
 
 
 def errors(folder: Path) -> list[float | None]:

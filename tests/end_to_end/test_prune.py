@@ -182,7 +182,8 @@ def test_the_report_counts_what_is_stored(family, pattern, pruned):
     tensors, zeros, total = stored(result.out), 0, 0
     for row in result.report["modules"]:
         W = as_rows(family, tensors[tensor_of(family, row["name"])])
-        assert row["shape"] == list(W.shape) and row["sparsity"] == pytest.approx((W == 0).float().mean().item(), abs=1e-6)
+        assert row["shape"] == list(W.shape)
+        assert row["sparsity"] == pytest.approx((W == 0).float().mean().item(), abs=1e-6)
         assert (row["keep"], row["storage"], row["bits"]) == ("2:4" if pattern == "2:4" else None, "dense", 16)
         assert row["effective_bits"] == 32 and row["failure"] is None and row["attempts"] >= 1
         zeros, total = zeros + int((W == 0).sum()), total + W.numel()
@@ -284,6 +285,7 @@ def loaded_run(result, tokens):
 def test_a_packed_result_holds_the_dense_one_s_weights(family, pruned, tokens):
     dense, packed = (pruned(family, pattern_of(family), storage) for storage in ("dense", "packed"))
     tensors = stored(dense.out)
+    assert not {f"{row['name']}.weight" for row in packed.report["modules"]} & stored(packed.out).keys()
     model, left, logits = loaded_run(packed, tokens)
     for row, theirs in zip(packed.report["modules"], dense.report["modules"], strict=True):
         linear, W = model.get_submodule(row["name"]), tensors[tensor_of(family, row["name"])]
@@ -292,7 +294,6 @@ def test_a_packed_result_holds_the_dense_one_s_weights(family, pruned, tokens):
         assert row["relative_error"] == theirs["relative_error"]
         # half of the float32 values, and a mask of 1 bit a weight, or an index of 2 bits a kept value
         assert row["effective_bits"] == pytest.approx(32 * (1 - row["sparsity"]) + 1, abs=0.1)
-        assert f"{row['name']}.weight" not in stored(packed.out) if row is packed.report["modules"][0] else True
     for theirs, ours in zip(left, packed.left, strict=True):
         assert torch.equal(theirs, ours)
     plain = logits_of(AutoModelForCausalLM.from_pretrained(dense.out), tokens)
@@ -306,21 +307,20 @@ def test_a_joint_result_runs_as_the_run_did_and_has_the_error_that_it_reports(fa
     model, left, _ = loaded_run(result, tokens)
     for theirs, ours in zip(left, result.left, strict=True):
         assert torch.equal(theirs, ours)
-    block = FAMILIES[family].blocks
-    found = {}
+    changed, original = [], []
     for row in result.report["modules"]:
         W = model.get_submodule(row["name"]).dequantized_weight()
-        assert (row["bits"], row["storage"]) == (4, "packed") and W.unique(dim=1).numel() > 0
+        assert (row["bits"], row["storage"]) == (4, "packed")
         assert row["sparsity"] == pytest.approx((W == 0).float().mean().item(), abs=1e-6) and row["sparsity"] >= 0.5
         assert all(len(r.unique()) <= 16 for r in W)
         if pattern_of(family) == "2:4":
             assert (groups(W) <= 2).all()
-        found.setdefault(row["relative_error"], []).append((row["name"], W))
-    first = [(name, W) for name, W in next(iter(found.values())) if name.startswith(f"{block}.0.")]
-    changed = torch.cat([W for _, W in first])
-    original = torch.cat([as_rows(family, before[tensor_of(family, name)]) for name, _ in first])
+        if row["relative_error"] == result.report["modules"][0]["relative_error"]:  # the linears of block 0's R1
+            changed.append(W)
+            original.append(as_rows(family, before[tensor_of(family, row["name"])]))
+    expected = error_of(torch.cat(original), torch.cat(changed), result.H[0]["R1"])
     # the solver works in float32 on a factor of H, here everything is float64
-    assert next(iter(found)) == pytest.approx(error_of(original, changed, result.H[0]["R1"]), rel=1e-2)
+    assert result.report["modules"][0]["relative_error"] == pytest.approx(expected, rel=1e-2)
 
 
 def test_reordering_quantization_and_pruning_at_once(model_folder, prune, tokens, tmp_path):
@@ -374,7 +374,8 @@ def test_every_method_prunes_and_reports_its_error(method, model_folder, prune, 
     before, after = stored(result.source), stored(result.out)
     for name in linear_tensors("qwen3", before):
         W = after[name]
-        assert int((W == 0).sum()) == (W.shape[0] * round(0.6 * W.shape[1]) if method == "wanda" else round(0.6 * W.numel()))
+        by_row = W.shape[0] * round(0.6 * W.shape[1])
+        assert int((W == 0).sum()) == (by_row if method == "wanda" else round(0.6 * W.numel()))
         assert torch.equal(W[W != 0], before[name][W != 0]) == (method in ("wanda", "magnitude"))  # kept as they are
     rows = [row for row in result.report["modules"] if row["name"].startswith("model.layers.0.self_attn.")]
     changed, original = (torch.cat([t[f"{row['name']}.weight"] for row in rows[:3]]) for t in (after, before))
@@ -384,8 +385,8 @@ def test_every_method_prunes_and_reports_its_error(method, model_folder, prune, 
 
 
 def test_refined_and_solved_methods_beat_the_scores(model_folder, prune, tmp_path):
-    error = {}
-    for method, refine in (("magnitude", 0), ("wanda", 0), ("sparsegpt", 0), ("sparsegpt", 10), ("admm", 15), ("alps", 10)):
+    error, steps = {}, [("magnitude", 0), ("wanda", 0), ("sparsegpt", 0), ("sparsegpt", 10), ("admm", 15), ("alps", 10)]
+    for method, refine in steps:
         out = tmp_path / f"{method}-{refine}"
         result = prune(model_folder("llama"), out, method, pruning={"sparsity": 0.5, "refine": refine})
         # block 0's R1 has the same input and H for all of them
@@ -399,7 +400,8 @@ def test_refined_and_solved_methods_beat_the_scores(model_folder, prune, tmp_pat
 def test_zeros_that_were_there_stay_when_asked(family, pruned, prune, tmp_path):
     half = pruned(family, "half").out
     zeros = {name: t == 0 for name, t in stored(half).items()}
-    options = {"70": {"sparsity": 0.7, "preserve": True}, "nm": {"keep": "2:4", "preserve": True}, "not": {"keep": "2:4"}}
+    options = {"70": {"sparsity": 0.7, "preserve": True}, "nm": {"keep": "2:4", "preserve": True}}
+    options["not"] = {"keep": "2:4"}
     found = {name: stored(prune(half, tmp_path / name, pruning=p).out) for name, p in options.items()}
     revived = 0
     for name in linear_tensors(family, zeros):
@@ -409,7 +411,8 @@ def test_zeros_that_were_there_stay_when_asked(family, pruned, prune, tmp_path):
         W, left = as_rows(family, found["nm"][name]), groups(as_rows(family, (~was).float()))
         assert torch.equal(groups(W), left.clamp(max=2))
         revived += int((found["not"][name][was] != 0).sum())
-    assert revived > 0  # without --preserve some come back: a group of three zeros keeps two weights, whatever they were
+    # without --preserve some come back: a group of three zeros keeps two weights, whatever they were
+    assert revived > 0
 
 
 def test_first_leaves_the_later_blocks_alone(model_folder, prune, tmp_path):
@@ -487,7 +490,7 @@ def test_resumed_from_states_that_a_kill_leaves_the_bytes_are_the_same(
     whole = contents(home / "out")
     resumable = [s for s in states if (s / "out.partial" / "ledger.json").is_file()]
     assert len(resumable) >= 10
-    for state in resumable[::4]:
+    for state in resumable[::5]:
         run(recipe, state / "out", resume=True)
         assert [p.name for p in state.iterdir()] == ["out"] and contents(state / "out") == whole, state.name
 

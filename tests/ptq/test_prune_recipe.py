@@ -26,7 +26,9 @@ def recipe(line):
 # --- options -> recipe
 
 
-@pytest.mark.parametrize("method, refine", [("sparsegpt", 10), ("admm", 15), ("alps", 10), ("wanda", 0), ("magnitude", 0)])
+@pytest.mark.parametrize(
+    "method, refine", [("sparsegpt", 10), ("admm", 15), ("alps", 10), ("wanda", 0), ("magnitude", 0)]
+)
 def test_the_defaults_of_each_method(method, refine):
     built = recipe(f"--sparsity 0.5 --method {method}")
     assert (built.method, built.pruning.method, built.pruning.refine) == (method, method, refine)
@@ -57,7 +59,8 @@ def test_every_option_reaches_the_recipe():
 
 
 @pytest.mark.parametrize(
-    "option, steps", [("", 10), ("--refine none", 0), ("--refine pcg:0", 0), ("--refine pcg:5", 5), ("--refine pcg:40", 40)]
+    "option, steps",
+    [("", 10), ("--refine none", 0), ("--refine pcg:0", 0), ("--refine pcg:5", 5), ("--refine pcg:40", 40)],
 )
 def test_refine(option, steps):
     assert recipe(f"--sparsity 0.5 {option}").pruning.refine == steps
@@ -121,13 +124,19 @@ BAD = {
     "one number": ("--nm 2", "pruning.keep: '2' is not n:m"),
     "three numbers": ("--nm 2:4:8", "pruning.keep: '2:4:8' is not n:m"),
     "an odd digit": ("--nm ²:4", "pruning.keep: '²:4' is not n:m"),
-    "n:m without quotes in YAML": ("--sparsity 0.5 --set pruning.keep=2:4", "pruning.keep: 124 is not text; put n:m in quotes"),
+    "n:m without quotes in YAML": (
+        "--sparsity 0.5 --set pruning.keep=2:4",
+        "pruning.keep: 124 is not text; put n:m in quotes",
+    ),
     "refine x": ("--sparsity 0.5 --refine pcg:x", "--refine pcg:x: expected pcg:N, for instance pcg:10, or none"),
     "refine a number": ("--sparsity 0.5 --refine 10", "--refine 10: expected pcg:N"),
     "refine less": ("--sparsity 0.5 --refine pcg:-1", "--refine pcg:-1: expected pcg:N"),
     "dense bits": ("--nm 2:4 --wbits 4 --storage dense", "pruning.storage: dense stores plain weights"),
     "dense reordering": ("--nm 2:4 --set reorder=true", "pruning.storage: dense stores plain weights"),
-    "allocated n:m": ("--nm 2:4 --allocation owl", "pruning.allocation: owl spreads a sparsity, but 2:4 is fixed; use uniform"),
+    "allocated n:m": (
+        "--nm 2:4 --allocation owl",
+        "pruning.allocation: owl spreads a sparsity, but 2:4 is fixed; use uniform",
+    ),
     "no block": ("--sparsity 0.5 --first 0", "pruning.first: 0"),
     "more than the blocks": ("--sparsity 0.5 --first 1.2", "pruning.first: 1.2 is not a number between 0 and 1"),
     "bits": ("--sparsity 0.5 --wbits 5", "weights.bits: 5 is not one of 2, 3, 4, 8, 16"),

@@ -9,6 +9,7 @@ from tiny_models import VOCAB
 from torch import nn
 
 from ptq.architectures import spec_for
+from ptq.architectures.families import LLAMA
 from ptq.blocks import load_block, record_calls, run_block, skeleton, tensor_names
 from ptq.sequential import run_again, run_paused
 from ptq.sites import InputSite, block_sites
@@ -113,8 +114,12 @@ def test_every_site_is_finished_once_in_order_before_its_linears_run(family, str
 def test_each_site_sees_what_the_compressed_sites_before_it_make(strategy, opened):
     watch, _, forwards = walk(opened, "llama", strategy)
     inputs, block = {}, watch.block
-    for site, path in {"R1": "self_attn.k_proj", "R3": "self_attn.o_proj", "R4": "mlp.up_proj", "R5": "mlp.down_proj"}.items():
-        block.get_submodule(path).register_forward_pre_hook(lambda _, args, s=site: inputs.setdefault(s, []).append(args[0]))
+
+    def look(name):
+        return lambda _, args: inputs.setdefault(name, []).append(args[0])
+
+    for site in block_sites(LLAMA, block):
+        block.get_submodule(site.linears[-1]).register_forward_pre_hook(look(site.name))
     for forward in forwards:  # the block as it is now, all compressed
         forward()
     for name, x in watch.seen:
