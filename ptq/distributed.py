@@ -3,12 +3,14 @@
     torchrun --nproc-per-node 4 -m ptq prune MODEL --out DIR --sparsity 0.5
 
 Every process reads the text and the weights, runs its own micro-batches, and solves its own rows of each linear; all of them then hold the
-whole block. The first writes and prints. Without torchrun each function here is what one process needs: nothing.
+whole block. The first writes and prints; each keeps its own activations, so OUT must lie where all can write. Without torchrun each
+function here is what one process needs: nothing.
 
-What does not depend on the number of processes: micro-batches (their shape is that of one process), ranges (extremes), H (float64 sums of
-float32 products, exact but for entries that differ 2^24-fold between micro-batches), its factor, the zeros of each linear in number, and
-the choice among equal scores. Row products may round otherwise in other shapes, so weights are equal to float32 rounding, and masks but for
-scores that near. The same number of processes gives the same bytes.
+What does not depend on the number of processes: micro-batches (their shape is that of one process), ranges (extremes), H of equal inputs
+(float64 sums of float32 products, exact but for entries that differ 2^24-fold between micro-batches), its factor, the number of zeros of
+each linear, and the choice among equal scores. Products of fewer rows may round otherwise, so a solve gives the same weights to float32
+rounding times H's condition, and the same masks and codes but where scores or levels are that near. Refinement that stops before it
+converges may stop elsewhere, where the layer error is as low. The same number of processes gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from ptq.errors import BadInput, LostProcess
 
 # How long one process may work while another waits for it: the micro-batches of a block, or the writing of a shard.
-PATIENCE = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=30)
 FAILED = "ptq failed"  # a counter of the processes that failed
 CODE = "ptq exit code"  # of the first of them
 
@@ -57,12 +59,12 @@ def stop() -> None:
 
 def size() -> int:
     """Processes of this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This one's number; number 0 writes and prints."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if size() > 1 else 0
 
 
 def fail(code: int) -> tuple[bool, int]:
