@@ -18,9 +18,8 @@ from ptq.blocks import load_block, run_block
 from ptq.errors import NumericalFailure
 from ptq.gram import Gram
 from ptq.recipe import Recipe, pruned_blocks
-from ptq.sequential import run_paused
 from ptq.sites import InputSite, block_sites
-from ptq.walk import Run, gram_of
+from ptq.walk import Run, gram_of, strategy
 
 OUTLIER = 5.0  # times the mean of |w| ||x||: OWL's M
 SPREAD = 0.08  # most that OWL moves a block from the mean: its lambda
@@ -67,15 +66,19 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
     for i in range(pruned_blocks(run.recipe.pruning, run.blocks)):
         block = load_block(run.model, run.spec, i, run.names, run.checkpoint, device=run.device)
         grams: dict[str, Gram] = {}
+        scores: dict[str, torch.Tensor] = {}
 
         def see(site: InputSite, x: torch.Tensor, block=block, grams=grams) -> None:
             gram_of(block, site, grams).add(x)
 
-        def finish(site: InputSite, i=i, block=block, grams=grams) -> None:
+        def finish(site: InputSite, i=i, block=block, grams=grams, scores=scores) -> None:
             name = f"{run.spec.blocks}.{i}.{site.name}"
             H, tokens = gram_of(block, site, grams).take()
             del grams[site.name]
             if not site.linears or not tokens:
+                return
+            if run.recipe.pruning.allocation == "owl":
+                scores[name] = stacked(block, site).abs() * H.diagonal().sqrt()
                 return
             try:
                 found[name] = _measure_site(block, site, H, run.recipe, i)
@@ -86,20 +89,30 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
         forwards = [
             lambda x=x, i=i, block=block: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states
         ]
-        outputs = run_paused(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
+        run_all = strategy(block, states)
+        outputs = run_all(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
         states = [x.cpu() for x in outputs]
+        found |= {name: Measured(i, score.numel(), share, ()) for name, (score, share) in outlying(scores).items()}
     return found
 
 
+def outlying(scores: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, float]]:
+    """Each site's score, and the share of it beyond OUTLIER times the mean over all sites of the block."""
+    if not scores:
+        return {}
+    mean = sum(score.sum().item() for score in scores.values()) / sum(score.numel() for score in scores.values())
+    return {name: (score, (score > OUTLIER * mean).float().mean().item()) for name, score in scores.items()}
+
+
+def stacked(block: nn.Module, site: InputSite) -> torch.Tensor:
+    """The weights of a site's linears, float32: L x [R, C] -> [sum R, C]."""
+    return torch.cat([block.get_submodule(path).weight for path in site.linears]).float()
+
+
 def _measure_site(block: nn.Module, site: InputSite, H: torch.Tensor, recipe: Recipe, i: int) -> Measured:
-    linears = [block.get_submodule(path) for path in site.linears]
-    W = torch.cat([linear.weight for linear in linears]).float()  # L x [R, C] -> [sum R, C]
-    p = recipe.pruning
-    if p.allocation == "owl":
-        score = W.abs() * H.diagonal().sqrt()
-        return Measured(i, W.numel(), (score > OUTLIER * score.mean()).float().mean().item(), ())
+    W, p = stacked(block, site), recipe.pruning
     factor = sparsegpt.factor(H, damp=recipe.weights.damp)
-    parts = [linear.out_features for linear in linears]
+    parts = [block.get_submodule(path).out_features for path in site.linears]
     errors = torch.zeros(len(levels(p.sparsity)), dtype=torch.float64)
     for n, level in distributed.mine(list(enumerate(levels(p.sparsity)))):
         pattern = sparsegpt.Pattern(sparsity=level, scope=p.scope, block=p.block)

@@ -325,6 +325,8 @@ def _check_pruning(recipe: Recipe) -> None:
             raise BadInput(f"pruning.allocation: {p.allocation} spreads a sparsity, but {p.keep} is fixed; use uniform")
         if recipe.weights.act_order and recipe.weights.bits < 16:
             raise BadInput(f"weights.act_order: would split the groups of {m}; add --set weights.act_order=false")
+    if p.preserve and p.allocation != "uniform":
+        raise BadInput(f"pruning.allocation: {p.allocation} does not know the zeros that preserve keeps; use uniform")
     if recipe.weights.solver != "gptq":
         raise BadInput(f"weights.solver: {recipe.weights.solver} does not prune; use gptq")
     if p.storage == "dense" and (recipe.reorder or quantizes(recipe)):

@@ -96,7 +96,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
             raise NumericalFailure(f"{prefix}: {err}") from err
     set_softmax_bits(block, spec, recipe.activations.softmax_bits)
     if in_order:
-        facts, out = _solve_in_order(run, i, block, forwards, orders, prefix, paused_bytes(block, states))
+        facts, out = _solve_in_order(run, i, block, forwards, orders, prefix, strategy(block, states))
     else:
         if by_block and not one_pass:
             H = collect(block, spec, geometry, passes, ranges=False, hessians=True, where=prefix).H
@@ -111,7 +111,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     out = [x.cpu() for x in out]
     bad = sum(int((~torch.isfinite(x)).sum()) for x in out)
     if bad:
-        raise NumericalFailure(f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits")
+        raise NumericalFailure(f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits or less sparsity")
     return Compressed(block, out, ranges, orders, facts, sites)
 
 
@@ -127,7 +127,7 @@ def _solve_in_order(
     forwards: list[Callable[[], torch.Tensor]],
     orders: reorder.Orders,
     prefix: str,
-    held: int,
+    run_all: Callable,
 ) -> tuple[list[weights.LayerFact], list[torch.Tensor]]:
     """Every site on what the compressed sites before it make; returns the facts and the block's outputs."""
     grams: dict[str, Gram] = {}
@@ -151,8 +151,7 @@ def _solve_in_order(
         if site.linears:
             facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens))
 
-    strategy = run_paused if held <= PAUSED_BYTES else run_again
-    outputs = strategy(block, block_sites(run.spec, block), forwards, measure=measure, finish=finish)
+    outputs = run_all(block, block_sites(run.spec, block), forwards, measure=measure, finish=finish)
     return facts, outputs
 
 
@@ -169,6 +168,11 @@ def _expert_hessian(
 ) -> torch.Tensor:
     """An expert's H, shrunk because few tokens may have come to it, or none."""
     return experts.gate_up_hessian(own, tokens, *layer) if len(site.linears) == 2 else experts.down_hessian(own, tokens)
+
+
+def strategy(block: nn.Module, states: list[torch.Tensor]) -> Callable:
+    """`run_paused`, or `run_again` where stopped forwards would hold too much memory."""
+    return run_paused if paused_bytes(block, states) <= PAUSED_BYTES else run_again
 
 
 def paused_bytes(block: nn.Module, states: list[torch.Tensor]) -> int:

@@ -249,7 +249,8 @@ def page(table, rows):
         f" {p['protocol']}, no BOS in the windows; ± is the standard error over windows. Calibrated on {c['nsamples']} x"
         f" {c['seqlen']} tokens of {c['text']}, windows: {c['mode']}.",
         "Weight bits are effective bits of the linears in the blocks: codes, scales, zero points, group sizes and"
-        " permutations. MB is all safetensors, embeddings included. s is compressing plus evaluating, by the clock, whatever else the machine did.",
+        " permutations. MB is all safetensors, embeddings included. s is compressing plus evaluating, by the clock,"
+        " whatever else the machine did.",
         *padding_note(rows),
         *(f"{row['name']}: n/a: {row['failed']}." for row in rows if "failed" in row),
         *(f"{row['name']}: {warning}" for row in rows for warning in row.get("warnings", [])),

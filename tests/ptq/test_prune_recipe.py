@@ -46,12 +46,13 @@ def test_the_default_method_is_sparsegpt():
 
 def test_every_option_reaches_the_recipe():
     built = recipe(
-        "--sparsity 0.7 --method alps --refine pcg:5 --allocation owl --first 0.66 --preserve --storage packed "
+        "--sparsity 0.7 --method alps --refine pcg:5 --first 0.66 --preserve --storage packed "
         "--wbits 3 --groups 64 --on-failure skip --calib a.txt --nsamples 7 --seqlen 96 --seed 3 --revision r1 "
         "--trust-remote-code"
     )
     p = built.pruning
-    assert (p.sparsity, p.method, p.refine, p.allocation, p.first) == (0.7, "alps", 5, "owl", 0.66)
+    assert (p.sparsity, p.method, p.refine, p.first) == (0.7, "alps", 5, 0.66)
+    assert recipe("--sparsity 0.7 --allocation owl").pruning.allocation == "owl"
     assert (p.preserve, p.storage, built.weights.bits, built.weights.groups) == (True, "packed", 3, 64)
     assert built.on_failure == "skip" and built.model == "m"
     assert (built.calibration.text, built.calibration.nsamples, built.calibration.seqlen) == ("a.txt", 7, 96)
@@ -147,6 +148,7 @@ BAD = {
     "scope": ("--sparsity 0.5 --set pruning.scope=column", "pruning.scope: 'column' is not one of block, row, layer"),
     "block": ("--sparsity 0.5 --set pruning.block=0", "pruning.block: 0 is not a whole number of at least 1"),
     "preserve": ("--sparsity 0.5 --set pruning.preserve=1", "pruning.preserve: 1 is neither true nor false"),
+    "preserve and spread": ("--sparsity 0.5 --preserve --allocation owl", "owl does not know the zeros"),
     "inner method": ("--sparsity 0.5 --set pruning.method=[1]", "pruning.method: [1] is not one of sparsegpt"),
     "a key": ("--sparsity 0.5 --set pruning.scopes=row", "unknown key 'scopes' (did you mean 'scope'?)"),
 }
