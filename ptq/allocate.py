@@ -92,16 +92,16 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
         run_all = strategy(block, states)
         outputs = run_all(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
         states = [x.cpu() for x in outputs]
-        found |= {name: Measured(i, score.numel(), share, ()) for name, (score, share) in outlying(scores).items()}
+        for name, share in outlying(scores).items():
+            found[name] = Measured(i, scores[name].numel(), share, ())
     return found
 
 
-def outlying(scores: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, float]]:
-    """Each site's score, and the share of it beyond OUTLIER times the mean over all sites of the block."""
-    if not scores:
-        return {}
-    mean = sum(score.sum().item() for score in scores.values()) / sum(score.numel() for score in scores.values())
-    return {name: (score, (score > OUTLIER * mean).float().mean().item()) for name, score in scores.items()}
+def outlying(scores: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The share of each site's scores beyond OUTLIER times the mean over all sites of the block."""
+    total = sum(score.sum().item() for score in scores.values())
+    mean = total / max(1, sum(score.numel() for score in scores.values()))
+    return {name: (score > OUTLIER * mean).float().mean().item() for name, score in scores.items()}
 
 
 def stacked(block: nn.Module, site: InputSite) -> torch.Tensor:
