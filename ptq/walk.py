@@ -163,9 +163,7 @@ def gram_of(block: nn.Module, site: InputSite, grams: dict[str, Gram]) -> Gram:
     return grams[site.name]
 
 
-def _expert_hessian(
-    site: InputSite, own: torch.Tensor, tokens: int, layer: tuple[torch.Tensor, int]
-) -> torch.Tensor:
+def _expert_hessian(site: InputSite, own: torch.Tensor, tokens: int, layer: tuple[torch.Tensor, int]) -> torch.Tensor:
     """An expert's H, shrunk because few tokens may have come to it, or none."""
     return experts.gate_up_hessian(own, tokens, *layer) if len(site.linears) == 2 else experts.down_hessian(own, tokens)
 
