@@ -138,7 +138,9 @@ def test_rows_apart_get_the_mask_of_rows_together(tmp_path):
             found = sparsegpt.prune(W[mine], H, factor, pattern, method=method, **ours, **how)
             alone = sparsegpt.prune(W[: sum(parts)], H, factor, pattern, method=method, parts=parts, **how)
             assert torch.equal(found.mask, alone.mask[mine]), method
-            assert found.grid.scale.dtype == alone.grid.scale.dtype == (torch.float16 if parts == [1] else torch.float32)
+            assert (
+                found.grid.scale.dtype == alone.grid.scale.dtype == (torch.float16 if parts == [1] else torch.float32)
+            )
             assert abs(found.relative_error - alone.relative_error) <= 1e-3 * alone.relative_error, method
 
     ended = together(2, started(work), tmp_path / "said")
@@ -151,10 +153,16 @@ RUNS = {
     "half": ("small", {"method": "sparsegpt", "pruning": {**HALF, **PLAIN}}),
     "refined": ("small", {"method": "sparsegpt", "pruning": HALF}),
     "2:4": ("small", {"method": "sparsegpt", "pruning": {"keep": "2:4", **PLAIN}}),
-    "joint": ("small", {"method": "sparsegpt", "weights": {"bits": 4}, "pruning": {**HALF, **PLAIN, "storage": "packed"}}),
+    "joint": (
+        "small",
+        {"method": "sparsegpt", "weights": {"bits": 4}, "pruning": {**HALF, **PLAIN, "storage": "packed"}},
+    ),
     "gptq": ("small", {"method": "gptq", "weights": {"bits": 3}}),
     "rptq": ("opt", {"preset": "W4A8", "clusters": CLUSTERS}),
-    "experts": ("qwen2_moe", {"method": "magnitude", "pruning": {**HALF, **PLAIN, "allocation": "error", "first": 0.5}}),
+    "experts": (
+        "qwen2_moe",
+        {"method": "magnitude", "pruning": {**HALF, **PLAIN, "allocation": "error", "first": 0.5}},
+    ),
 }
 
 
