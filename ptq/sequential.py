@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 import torch
 from greenlet import getcurrent, greenlet
-from lowbit.modules import Linear
 from torch import nn
 
-from ptq.sites import InputSite
+from ptq.sites import InputSite, used_input
 
 
 def run_paused(
@@ -81,12 +80,6 @@ def run_again(
             handle.remove()
         finish(site)
     return [forward() for forward in forwards]
-
-
-def used_input(entry: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """x as the site's linears multiply it: quantized where they quantize their input, which a router never does."""
-    quantizer = entry.input_quantizer if isinstance(entry, Linear) else None
-    return x if quantizer is None else quantizer(x)
 
 
 class _Reached:

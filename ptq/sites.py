@@ -135,8 +135,7 @@ def collect(
             if ranges:
                 see(site.name, x)
             if hessians:
-                quantized = x if linear.input_quantizer is None else linear.input_quantizer(x)
-                grams[site.name].add(quantized)
+                grams[site.name].add(used_input(linear, x))
             if site.name == "R5":
                 raise _LastInput
 
@@ -173,6 +172,12 @@ def _of_all(found: rptq.ChannelRange | None, channels: int, device: torch.device
     low = torch.full((channels,), torch.inf, device=device) if found is None else found.min
     high = torch.full((channels,), -torch.inf, device=device) if found is None else found.max
     return rptq.ChannelRange(*distributed.extremes(low, high))
+
+
+def used_input(entry: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x as the site's linears multiply it: quantized where they quantize their input, which a router never does."""
+    quantizer = entry.input_quantizer if isinstance(entry, Linear) else None
+    return x if quantizer is None else quantizer(x)
 
 
 def until_last_input(run: Callable[[], object]) -> None:

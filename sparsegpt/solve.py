@@ -65,12 +65,12 @@ def solve(
     for mask_block in _blocks(C, _mask_columns(pattern, C, update_block)):
         W1 = None
         if budget is not None:
-            W1 = _compensated(columns, factor, mask_block)
+            W1, U = _compensated(columns, factor, mask_block)
             _choose(W1, kept, factor, mask_block, budget)
         for block in _blocks(mask_block.stop, update_block, mask_block.start):
             if W1 is None or W1.shape[0] != block.stop - block.start:
-                W1 = _compensated(columns, factor, block)
-            loss += _solve_block(W1, columns, values, kept, block, factor, grid, keep, sweep)
+                W1, U = _compensated(columns, factor, block)
+            loss += _solve_block(W1, U, columns, values, kept, block, factor, grid, keep, sweep)
             W1 = None
     del columns
     losses = torch.tensor([loss.sum(), loss[sampled].sum(), reference], dtype=torch.float64)
@@ -88,11 +88,10 @@ def solve(
 
 
 def _solve_block(
-    W1, columns, values, kept, block: slice, factor: Factor, grid: WeightGrid | None, keep, sweep
+    W1, U, columns, values, kept, block: slice, factor: Factor, grid: WeightGrid | None, keep, sweep
 ) -> Tensor:
     """Finish one block of `columns`, `values` and `kept` in place; return each row's share of ||D V||_F^2, float64 [R]."""
     V = factor.V[block, block]
-    U = _inverse(V)
     # Row i of U over U_ii, without the diagonal: what one unit of error in column i moves in the columns after it.
     steps = (U / U.diagonal()[:, None]).triu_(1).contiguous()
     score = V.diagonal().square()
@@ -116,14 +115,12 @@ def _solve_block(
     return weight @ errors.square_().double()
 
 
-def _compensated(columns: Tensor, factor: Factor, block: slice) -> Tensor:
-    """The block's weights after the errors of every column before it, float32 [b, R]."""
+def _compensated(columns: Tensor, factor: Factor, block: slice) -> tuple[Tensor, Tensor]:
+    """The block's weights after the errors of every column before it, float32 [b, R], and U = inv(V_block), [b, b]."""
+    V = factor.V[block, block]
+    U = torch.linalg.solve_triangular(V, torch.eye(V.shape[0], dtype=V.dtype, device=V.device), upper=True)
     carried = factor.V[: block.start, block].t() @ columns[: block.start]  # [b, R]
-    return torch.addmm(columns[block], _inverse(factor.V[block, block]).t(), carried)
-
-
-def _inverse(V: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(V, torch.eye(V.shape[0], dtype=V.dtype, device=V.device), upper=True)
+    return torch.addmm(columns[block], U.t(), carried), U
 
 
 def _choose(W1: Tensor, kept: Tensor, factor: Factor, block: slice, budget: Budget) -> None:
