@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 import ptq
 from ptq.architectures import geometry_of, spec_for
@@ -51,6 +52,48 @@ def tokens(tokenizer, text_file):
     """The calibration windows of `recipe_for`, int64 [N, T]."""
     ids = tokenizer(text_file.read_text(encoding="utf8"))["input_ids"]
     return torch.tensor(ids[: NSAMPLES * SEQLEN]).view(NSAMPLES, SEQLEN)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, tokenizer):
+    """An OPT so small that dozens of runs take seconds."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=300, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def states_of_a_kill(run, tmp_path, monkeypatch):
+    """recipe -> (folder `out` of its run, the folders that kills on the way would have left beside it).
+
+    SIGKILL leaves the files as they are, so a copy of the folder before each change is what a kill there leaves.
+    """
+
+    def made(recipe) -> tuple[Path, list[Path]]:
+        home, states = tmp_path / "home", []
+        home.mkdir()
+
+        def before(change):
+            def wrapped(self, *args, **kwargs):
+                if home in self.parents:
+                    states.append(tmp_path / f"state-{len(states)}")
+                    shutil.copytree(home, states[-1])
+                return change(self, *args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "replace", "rename", "unlink"):  # every call that changes which names a folder has
+                patch.setattr(Path, name, before(getattr(Path, name)))
+            run(recipe, home / "out")
+        return home / "out", states
+
+    return made
 
 
 @dataclass(frozen=True)

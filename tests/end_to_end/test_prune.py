@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import contents
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES as DENSE
 from tiny_models import MOE, build_model
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM
 
 import ptq
 from ptq import pipeline, walk, weights
@@ -30,7 +31,6 @@ from ptq.recipe import PRUNING_METHODS
 
 ALL = [*DENSE, *MOE]
 PATTERNS = {"half": {"sparsity": 0.5}, "2:4": {"keep": "2:4"}}
-OF_THE_RUN = ("report.json", "README.md")  # times and peak memory
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +94,6 @@ def stored(folder) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("model*.safetensors")):
         tensors |= load_file(file)
     return tensors
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in OF_THE_RUN}
 
 
 def linear_tensors(family, tensors) -> list[str]:
@@ -452,42 +448,14 @@ def test_the_same_recipe_writes_the_same_bytes(family, pruned, prune, model_fold
     assert contents(again.out) == contents(pruned(family).out)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, tokenizer):
-    """An OPT so small that many runs take seconds."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=300, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("allocation, storage", [("uniform", "dense"), ("error", "packed")])
 def test_resumed_from_states_that_a_kill_leaves_the_bytes_are_the_same(
-    allocation, storage, small, recipe_for, run, tmp_path, monkeypatch
+    allocation, storage, small, recipe_for, run, states_of_a_kill
 ):
-    """SIGKILL leaves the files as they are, so a copy of the folder before each change is what a kill there leaves."""
     pruning = {"sparsity": 0.5, "allocation": allocation, "storage": storage}
-    recipe, home, states = recipe_for(small, method="sparsegpt", pruning=pruning), tmp_path / "home", []
-    home.mkdir()
-
-    def before(change):
-        def wrapped(self, *args, **kwargs):
-            if home in self.parents:
-                states.append(tmp_path / f"state-{len(states)}")
-                shutil.copytree(home, states[-1])
-            return change(self, *args, **kwargs)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("mkdir", "replace", "rename", "unlink"):  # every call that changes which names a folder has
-            patch.setattr(Path, name, before(getattr(Path, name)))
-        run(recipe, home / "out")
-    whole = contents(home / "out")
+    recipe = recipe_for(small, method="sparsegpt", pruning=pruning)
+    out, states = states_of_a_kill(recipe)
+    whole = contents(out)
     resumable = [s for s in states if (s / "out.partial" / "ledger.json").is_file()]
     assert len(resumable) >= 10
     for state in resumable[::5]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("report.json", "README.md")}
+from folders import contents
 
 
 @pytest.mark.parametrize("repeated_family", ["llama", "bloom"])

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from folders import contents
 
 from ptq import identity
 from ptq.errors import BadInput
 from ptq.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
-# These tell of one run, not of its result: times, peak memory.
-OF_THE_RUN = {"report.json", "README.md"}
 CLUSTERS = {"R1": 2, "R2": 1, "R3": 1, "R4": 2, "R5": 2}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, tokenizer):
-    """An OPT so small that dozens of runs take seconds."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=300, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -40,34 +24,14 @@ def recipe(small, recipe_for):
     return recipe_for(small, preset="W4A8", clusters=CLUSTERS)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in OF_THE_RUN}
-
-
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def test_resumed_from_every_state_a_kill_can_leave_the_bytes_are_the_same(recipe, run, tmp_path, monkeypatch):
-    """SIGKILL leaves the files as they are, so a copy of the folder before each change is what a kill there leaves."""
-    home, states = tmp_path / "home", []
-    home.mkdir()
-
-    def before(change):
-        def wrapped(self, *args, **kwargs):
-            if home in self.parents:
-                states.append(tmp_path / f"state-{len(states)}")
-                shutil.copytree(home, states[-1])
-            return change(self, *args, **kwargs)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("mkdir", "replace", "rename", "unlink"):  # every call that changes which names a folder has
-            patch.setattr(Path, name, before(getattr(Path, name)))
-        run(recipe, home / "out")
-    whole = contents(home / "out")
+def test_resumed_from_every_state_a_kill_can_leave_the_bytes_are_the_same(recipe, run, states_of_a_kill):
+    out, states = states_of_a_kill(recipe)
+    whole = contents(out)
     assert len(states) > 20
     *partial, last = states
     assert contents(last / "out").keys() - whole.keys() == {
