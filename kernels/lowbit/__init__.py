@@ -4,9 +4,12 @@ All that a machine needs to run a compressed model; nothing here knows how one i
 """
 
 from lowbit.backend import operation, register_backend
+from lowbit.gram import add_gram
 from lowbit.group4 import Group4
+from lowbit.lowest import lowest
 from lowbit.modules import ActivationQuantizer, Linear, Norm, build
 from lowbit.packing import pack, packed_length, unpack
+from lowbit.sparse_linear import SparseTiles, sparse_linear, sparse_tiles
 from lowbit.sweep import sweep
 
 __all__ = [
@@ -14,11 +17,16 @@ __all__ = [
     "Group4",
     "Linear",
     "Norm",
+    "SparseTiles",
+    "add_gram",
     "build",
+    "lowest",
     "operation",
     "pack",
     "packed_length",
     "register_backend",
+    "sparse_linear",
+    "sparse_tiles",
     "sweep",
     "unpack",
 ]

@@ -16,8 +16,11 @@ from lowbit.group4 import Group4, decompress
 from lowbit.group4 import compress as group4_compress
 from lowbit.packing import pack
 from lowbit.sparse import bitmask_encode, index_bytes, nm_encode, slots_per_row
+from lowbit.sparse_linear import SparseTiles, pays, sparse_linear, sparse_tiles
 
 GROUP4 = 64
+# Below, the product with the whole weight is faster than the one that skips zeros.
+FEW_TOKENS = 16
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -101,6 +104,7 @@ class Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.groups, self.codec, self.scale_dtype, self.sparse = bits, groups, codec, scale_dtype, sparse
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
+        self.tiles: SparseTiles | None = None
         for name, (shape, kind) in self._layout(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
@@ -241,6 +245,13 @@ class Linear(nn.Module):
         self.register_buffer("weight_scale", stored.scale)
         self.register_buffer("weight_minimum", stored.minimum)
 
+    def skip_zeros_(self) -> None:
+        """Leave zeros out of the product from now on, where that is faster; not stored. Call again when the weight has changed."""
+        self.tiles = None
+        weight = self.dequantized_weight()
+        if pays(weight):
+            self.tiles = sparse_tiles(weight)
+
     def stored_bytes(self) -> int:
         """Bytes of the weight as stored: codes or values, mask or indices, scales, zero points, group sizes."""
         return sum(
@@ -288,7 +299,10 @@ class Linear(nn.Module):
         """x [..., C] -> [..., R], same dtype."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
+        if self.tiles is not None and x.dtype == torch.float32 and x.numel() >= FEW_TOKENS * self.in_features:
+            y = sparse_linear(x, self.tiles, self.bias)
+        else:
+            y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,8 @@ import torch
 
 # Where setup.py leaves it; a plain shared library, so one build serves every Python.
 FILE = Path(__file__).with_name("_native.so")
+PATHS = {"fastest": 0, "portable": 1, "avx2": 2}
+OUT_OF_MEMORY, NO_SUCH_PATH = 1, 2
 
 
 @cache
@@ -19,6 +21,12 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(FILE))
     except OSError:
         return None
+
+
+@cache
+def fast_avx2() -> bool:
+    """Whether a kernel in AVX2 can beat PyTorch's float32 products: where these have no AVX-512 to run in."""
+    return library() is not None and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -8,9 +8,6 @@ import torch
 
 from lowbit.cpu import native
 
-PATHS = {"fastest": 0, "portable": 1, "avx2": 2}
-OUT_OF_MEMORY, NO_SUCH_PATH = 1, 2
-
 
 def sweep(
     W1: torch.Tensor,
@@ -38,9 +35,9 @@ def sweep(
     tensors = (W1, steps, mask, score if keep else None, scale, low, high, values, kept, W1)
     sizes = [ctypes.c_long(size) for size in (b, R, n, m)]
     threads = torch.get_num_threads()
-    status = native.library().lowbit_sweep(PATHS[path], threads, *sizes, *map(native.pointer, tensors))
-    if status == OUT_OF_MEMORY:
+    status = native.library().lowbit_sweep(native.PATHS[path], threads, *sizes, *map(native.pointer, tensors))
+    if status == native.OUT_OF_MEMORY:
         raise MemoryError(f"lowbit.sweep found no memory for a block of {b} steps on {threads} threads")
-    if status == NO_SUCH_PATH:
+    if status == native.NO_SUCH_PATH:
         raise ValueError(f"this machine cannot run the {path} path")
     return values, kept, W1

@@ -2,22 +2,15 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cstdint>
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
 #endif
 
-typedef __m256 vec;
-typedef std::int32_t ivec __attribute__((vector_size(32)));
+#include "avx2.h"
 
 namespace {
-
-inline vec load(const float *p) { return _mm256_loadu_ps(p); }
-
-inline void store(float *p, vec v) { _mm256_storeu_ps(p, v); }
 
 inline ivec load_mask(const std::uint8_t *p) {
     const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
@@ -29,10 +22,6 @@ inline void store_mask(std::uint8_t *p, ivec mask) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(ones), _mm256_extracti128_si256(ones, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packus_epi16(words, words));
 }
-
-inline vec broadcast(float x) { return _mm256_set1_ps(x); }
-
-inline vec fnmadd(vec a, vec b, vec c) { return _mm256_fnmadd_ps(a, b, c); }
 
 inline vec round_even(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 

@@ -1,29 +1,13 @@
 // The sweep in vectors of four, which every compiler target has or emulates; no fused multiply-add.
-#include <cstdint>
-#include <cstring>
-
-typedef float vec __attribute__((vector_size(16)));
-typedef std::int32_t ivec __attribute__((vector_size(16)));
+#include "portable.h"
 
 namespace {
-
-inline vec load(const float *p) {
-    vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline ivec load_mask(const std::uint8_t *p) { return -ivec{p[0], p[1], p[2], p[3]}; }
 
 inline void store_mask(std::uint8_t *p, ivec mask) {
     for (int i = 0; i < 4; ++i) p[i] = mask[i] & 1;
 }
-
-inline vec broadcast(float x) { return vec{x, x, x, x}; }
-
-inline vec fnmadd(vec a, vec b, vec c) { return c - a * b; }
 
 // Adding 1.5 * 2^23 leaves no bits for a fraction, so the sum is rounded as the hardware rounds: half to even.
 inline vec round_even(vec x) {
