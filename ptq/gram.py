@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import lowbit
 import torch
+from lowbit.gram import panels
 
 from ptq import distributed
-
-# Panels of columns: more of them skip more of the mirrored half, fewer keep the products large. Eight do 9/16 of the work.
-PANELS = 8
 
 
 class Gram:
@@ -25,8 +24,7 @@ class Gram:
         """Add the tokens of x [..., C]."""
         x = x.reshape(-1, x.shape[-1]).float()  # [..., C] -> [T, C]
         self.tokens += x.shape[0]
-        for columns in panels(x.shape[1]):
-            self.upper[: columns.stop, columns] += x[:, : columns.stop].t() @ x[:, columns]
+        lowbit.add_gram(self.upper, x)
 
     def take(self) -> tuple[torch.Tensor, int]:
         """(H, tokens) of all processes, which take together; H symmetric to the last bit. Uses up the accumulator."""
@@ -38,9 +36,3 @@ class Gram:
             block.copy_(block.triu() + block.triu(1).t())
             H[columns, : columns.start] = H[: columns.start, columns].t()
         return H, int(distributed.total(torch.tensor(self.tokens)))
-
-
-def panels(channels: int) -> list[slice]:
-    """Column slices of near-equal width, at most PANELS of at least 64."""
-    width = max(64, -(-channels // PANELS))
-    return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]

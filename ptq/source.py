@@ -69,11 +69,16 @@ class Checkpoint:
                 tensor = f.get_slice(name)[index] if index else f.get_tensor(name)
         except (SafetensorError, OSError) as err:
             raise BadInput(f"{self.where[name]}: cannot read {name}: {err}; fetch the file again") from err
-        if tensor.is_floating_point():
-            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            if bad:
-                raise BadInput(f"{self.where[name]}: {name} has {bad} NaN or infinite of {tensor.numel()} weights")
+        if bad := not_finite(tensor):
+            raise BadInput(f"{self.where[name]}: {name} has {bad} NaN or infinite of {tensor.numel()} weights")
         return tensor
+
+
+def not_finite(x: torch.Tensor) -> int:
+    """How many entries are NaN or infinite."""
+    if not x.is_floating_point() or bool(torch.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)))):
+        return 0  # a finite sum has finite terms, and is faster to have than a test of each
+    return x.numel() - int(torch.isfinite(x).sum())
 
 
 def resolve(model: str, *, revision: str | None = None, offline: bool = False, trust_remote_code: bool = False) -> Path:

@@ -19,7 +19,7 @@ from ptq.gram import Gram
 from ptq.recipe import Recipe, quantizes_activations
 from ptq.sequential import run_again, run_paused
 from ptq.sites import InputSite, block_sites, collect, until_last_input
-from ptq.source import Checkpoint
+from ptq.source import Checkpoint, not_finite
 
 # Bytes of stopped forwards that a true-sequential run may hold; with more calibration tokens it runs up to each site anew.
 PAUSED_BYTES = 4 << 30
@@ -77,9 +77,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     by_block = weights.wants_hessian(recipe) and not in_order
     # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
     one_pass = by_block and not quantizes_activations(recipe) and recipe.smooth is None
-    needs_ranges = (
-        recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not in_order
-    )
+    needs_ranges = recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not in_order
     ranges, H = {}, {}
     if needs_ranges:
         found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix)
@@ -109,9 +107,11 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
             facts += _compress_site(run, i, block, site, H.pop(site.name, None), orders, prefix, tokens)
         out = [forward() for forward in forwards]
     out = [x.cpu() for x in out]
-    bad = sum(int((~torch.isfinite(x)).sum()) for x in out)
+    bad = sum(map(not_finite, out))
     if bad:
-        raise NumericalFailure(f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits or less sparsity")
+        raise NumericalFailure(
+            f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits or less sparsity"
+        )
     return Compressed(block, out, ranges, orders, facts, sites)
 
 

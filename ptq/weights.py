@@ -152,9 +152,8 @@ def _solve(
     else:
         shares = [linear.weight[distributed.share(linear.out_features)] for linear in linears]
         W = torch.cat(shares)  # L x [R, C] -> [sum R, C]
-        kernels = {"sweep": lowbit.sweep, "total": distributed.total}
-        if distributed.size() > 1:
-            kernels["lowest"] = distributed.lowest
+        lowest = lowbit.lowest if distributed.size() == 1 else distributed.lowest
+        kernels = {"sweep": lowbit.sweep, "lowest": lowest, "total": distributed.total}
         # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
         whole = torch.tensor([W.shape[1]], device=W.device)
         order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order and grid else None
@@ -208,10 +207,12 @@ def store(
         if solution.codes is not None:
             codes, scale, zero = (t.split(rows)[i] for t in (solution.codes, solution.grid.scale, solution.grid.zero))
             linear.pack_(codes, scale.contiguous(), zero, sizes, solution.grid.bits, kept=kept, keep=keep)
-            continue
-        linear.weight = weight.to(linear.weight.dtype)
-        if packed and kept is not None:
-            linear.pack_sparse_(kept, keep)
+        else:
+            linear.weight = weight.to(linear.weight.dtype)
+            if packed and kept is not None:
+                linear.pack_sparse_(kept, keep)
+        if kept is not None:
+            linear.skip_zeros_()
 
 
 def _fact(name: str, linear: Linear, outcome: Outcome, pattern, tokens: int | None, seconds: float) -> LayerFact:

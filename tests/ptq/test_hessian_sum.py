@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowbit.gram import PANELS, panels
 
-from ptq.gram import PANELS, Gram, panels
+from ptq.gram import Gram
 
 CPU = torch.device("cpu")
 
