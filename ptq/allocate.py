@@ -14,12 +14,12 @@ from torch import nn
 
 import sparsegpt
 from ptq import distributed
-from ptq.blocks import load_block, run_block
+from ptq.blocks import load_block
 from ptq.errors import NumericalFailure
 from ptq.gram import Gram
 from ptq.recipe import Recipe, pruned_blocks
 from ptq.sites import InputSite, block_sites
-from ptq.walk import Run, gram_of, strategy
+from ptq.walk import Run, forwards_of, strategy, sum_of
 
 OUTLIER = 5.0  # times the mean of |w| ||x||: OWL's M
 SPREAD = 0.08  # most that OWL moves a block from the mean: its lambda
@@ -69,11 +69,11 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
         scores: dict[str, torch.Tensor] = {}
 
         def see(site: InputSite, x: torch.Tensor, block=block, grams=grams) -> None:
-            gram_of(block, site, grams).add(x)
+            sum_of(Gram, block, site, grams).add(x)
 
         def finish(site: InputSite, i=i, block=block, grams=grams, scores=scores) -> None:
             name = f"{run.spec.blocks}.{i}.{site.name}"
-            H, tokens = gram_of(block, site, grams).take()
+            H, tokens = sum_of(Gram, block, site, grams).take()
             del grams[site.name]
             if not site.linears or not tokens:
                 return
@@ -86,11 +86,8 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
                 if run.recipe.on_failure != "skip":
                     raise NumericalFailure(f"{name}: {err}") from err
 
-        forwards = [
-            lambda x=x, i=i, block=block: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states
-        ]
-        run_all = strategy(block, states)
-        outputs = run_all(block, block_sites(run.spec, block), forwards, measure=see, finish=finish)
+        forwards, run_all = forwards_of(run, i, block, states), strategy(block, states)
+        (outputs,) = run_all([forwards], block_sites(run.spec, block), measure=see, finish=finish)
         states = [x.cpu() for x in outputs]
         for name, share in outlying(scores).items():
             found[name] = Measured(i, scores[name].numel(), share, ())

@@ -36,3 +36,22 @@ class Gram:
             block.copy_(block.triu() + block.triu(1).t())
             H[columns, : columns.start] = H[: columns.start, columns].t()
         return H, int(distributed.total(torch.tensor(self.tokens)))
+
+
+class Drift:
+    """Sum of (x - xhat) xhat^T, float32 [C, C]: how far the inputs xhat of a linear have drifted from full precision's x.
+
+    Summed over the calls of `add` in float64, as H is.
+    """
+
+    def __init__(self, channels: int, device: torch.device):
+        self.sum = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+
+    def add(self, xhat: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the tokens of xhat [..., C], which are those of x [..., C]."""
+        xhat, x = (t.reshape(-1, t.shape[-1]).float() for t in (xhat, x))  # [..., C] -> [T, C]
+        self.sum += (x - xhat).t() @ xhat
+
+    def take(self) -> torch.Tensor:
+        """The sum over all processes, which take together."""
+        return distributed.total(self.sum).float()

@@ -66,6 +66,9 @@ class PtqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_filled(model, model.name_or_path)
         check_packed(model, model.name_or_path)
+        for module in model.modules():
+            if isinstance(module, lowbit.Linear) and module.sparse is not None:
+                module.skip_zeros_()
         if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != _attention_name():
             model.set_attn_implementation(_attention_name())
         from lowbit.cache import attach_packed_cache

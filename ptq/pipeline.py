@@ -60,6 +60,8 @@ def compress(
     )
     run = Run(recipe, checkpoint, model, spec, geometry_of(checkpoint.config, spec), names, target, calls)
     run = replace(run, shares=allocate(run, states))
+    if recipe.weights.asymmetric:
+        states = states + [x.clone() for x in states]  # those of the compressed model and those of full precision
     if ledger.completed < writer.blocks:
         states = ledger.entering(states)
     for i in progress.track(range(ledger.completed, writer.blocks), start=ledger.completed):

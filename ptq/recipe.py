@@ -33,6 +33,8 @@ class Weights:
 
     `groups`: "auto" (the input's clusters, wide ones cut: see `ptq.weights.group_sizes`), "cluster" (the clusters, as in the paper),
     "channel" (one grid a row) or a group size. `solver`: "gptq", "rtn" (round to nearest) or "group4" (FlexGen's codec).
+    `asymmetric`: how far the solver aims, from 0 to 1, at what full precision makes of its own inputs, and not of the compressed
+    model's: see `sparsegpt.asymmetric_target`. Needs true_sequential, and a second forward in full precision.
     """
 
     bits: int = 16
@@ -40,6 +42,7 @@ class Weights:
     solver: str = "gptq"
     damp: float = 0.01
     act_order: bool = True
+    asymmetric: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,7 @@ def check(recipe: Recipe) -> Recipe:
     if w.groups not in ("auto", "cluster", "channel"):
         _at_least(w.groups, 8, "weights.groups")
     _check_pruning(recipe)
+    _check_asymmetric(recipe)
     if not recipe.reorder:
         _check_unordered(recipe)
     if w.solver == "group4" and w.bits not in (4, 16):
@@ -333,6 +337,20 @@ def _check_pruning(recipe: Recipe) -> None:
         raise BadInput("pruning.storage: dense stores plain weights, not quantized or reordered ones; use packed")
 
 
+def _check_asymmetric(recipe: Recipe) -> None:
+    w, p = recipe.weights, recipe.pruning
+    _share(w.asymmetric, "weights.asymmetric")
+    if not w.asymmetric:
+        return
+    if not recipe.true_sequential:
+        raise BadInput("weights.asymmetric: needs each linear's own input; add --set true_sequential=true")
+    solved = (
+        p.method not in ("wanda", "magnitude") or p.refine if prunes(recipe) else w.solver == "gptq" and w.bits < 16
+    )
+    if not solved:
+        raise BadInput("weights.asymmetric: no solver moves the weights; leave it 0, or refine or quantize with gptq")
+
+
 def prunes(recipe: Recipe) -> bool:
     """Whether the recipe makes zeros."""
     return recipe.pruning.sparsity > 0 or recipe.pruning.keep is not None
@@ -383,8 +401,17 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """sha256 of the resolved recipe: two runs with the same recipe, model and calibration tokens write the same bytes."""
-    return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()
+    """sha256 of what the recipe sets: two runs with the same recipe, model and calibration tokens write the same bytes."""
+    # Only what differs from the defaults, so that a key of a later release changes no older fingerprint.
+    changed = _difference(to_dict(recipe), to_dict(Recipe())) | {"version": recipe.version}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The entries of nested `values` that `defaults` has otherwise."""
+    nested = {key: _difference(value, defaults[key]) for key, value in values.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in values.items() if key not in nested and value != defaults[key]}
+    return plain | {key: value for key, value in nested.items() if value}
 
 
 def load_yaml(path: str | Path) -> Recipe:

@@ -6,7 +6,9 @@ site are compressed. A stopped forward is a greenlet, so its stack stays as it i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -15,37 +17,86 @@ from torch import nn
 from ptq.sites import InputSite, used_input
 
 
-def run_paused(
-    block: nn.Module,
-    sites: tuple[InputSite, ...],
-    forwards: list[Callable[[], torch.Tensor]],
-    *,
-    measure: Callable[[InputSite, torch.Tensor], None],
-    finish: Callable[[InputSite], None],
-) -> list[torch.Tensor]:
-    """Outputs of `forwards`, in order.
+@dataclass(frozen=True)
+class Forwards:
+    """A block and one call of it for each micro-batch."""
 
-    measure(site, x): called for every micro-batch that reaches the site, x [..., C] as the linear will use it. finish(site): called once
-    for every site, after all of them: compresses the site's linears, which no forward has run yet.
+    block: nn.Module
+    each: list[Callable[[], torch.Tensor]]
+
+
+def run_paused(
+    runs: list[Forwards],
+    sites: tuple[InputSite, ...],
+    *,
+    measure: Callable[..., None],
+    finish: Callable[[InputSite], None],
+) -> list[list[torch.Tensor]]:
+    """The outputs of each run's forwards, in order.
+
+    runs: the block to compress, and perhaps others that go beside it on micro-batches of their own and reach the same sites.
+    measure(site, x, ...): called for every micro-batch that reaches the site, x [..., C] of each run as the linear will use it.
+    finish(site): called once for every site, after all of them: compresses the site's linears, which no forward has run yet.
     """
-    driver = getcurrent()
-    handles = [
-        block.get_submodule(site.entry).register_forward_pre_hook(_pause(driver, i)) for i, site in enumerate(sites)
-    ]
-    running = [greenlet(forward) for forward in forwards]
-    try:
-        results = [g.switch() for g in running]
+    with ExitStack() as stack:
+        paused = [stack.enter_context(_paused(run, sites)) for run in runs]
         for i, site in enumerate(sites):
-            there = [n for n, found in enumerate(results) if isinstance(found, _Reached) and found.site == i]
+            there = [n for n, found in enumerate(paused[0].results) if _at(found, i)]
             for n in there:
-                measure(site, results[n].x)
+                measure(site, *(p.results[n].x for p in paused))
             finish(site)
-            for n in there:
-                results[n] = running[n].switch()
-        late = [found.site for found in results if isinstance(found, _Reached)]
+            for p in paused:
+                for n in there:
+                    p.results[n] = p.running[n].switch()
+        late = [found.site for found in paused[0].results if isinstance(found, _Reached)]
         if late:
             raise RuntimeError(f"site {sites[late[0]].name} was reached after a later one: its spec lists them wrongly")
-        return results
+        return [p.results for p in paused]
+
+
+def run_again(
+    runs: list[Forwards],
+    sites: tuple[InputSite, ...],
+    *,
+    measure: Callable[..., None],
+    finish: Callable[[InputSite], None],
+) -> list[list[torch.Tensor]]:
+    """The same, bit for bit, with one forward alive at a time: runs up to each site anew. For calibration sets beyond memory."""
+    for site in sites:
+        for forwards in zip(*(run.each for run in runs)):
+            inputs = [_input_of(run.block, site, forward) for run, forward in zip(runs, forwards)]
+            if inputs[0] is not None:
+                measure(site, *inputs)
+        finish(site)
+    return [[forward() for forward in run.each] for run in runs]
+
+
+class _Reached:
+    def __init__(self, site: int, x: torch.Tensor):
+        self.site, self.x = site, x
+
+
+@dataclass
+class _Paused:
+    running: list[greenlet]
+    results: list[_Reached | torch.Tensor]
+
+
+@contextmanager
+def _paused(run: Forwards, sites: tuple[InputSite, ...]) -> Iterator[_Paused]:
+    """Every forward up to the first site it reaches."""
+    driver = getcurrent()
+
+    def pause(site: int):
+        def stop(entry: nn.Module, args) -> None:  # what a hook returns would become the input
+            driver.switch(_Reached(site, used_input(entry, args[0])))
+
+        return stop
+
+    handles = [run.block.get_submodule(site.entry).register_forward_pre_hook(pause(i)) for i, site in enumerate(sites)]
+    running = [greenlet(forward) for forward in run.each]
+    try:
+        yield _Paused(running, [g.switch() for g in running])
     finally:
         for handle in handles:
             handle.remove()
@@ -54,45 +105,27 @@ def run_paused(
                 g.throw()
 
 
-def run_again(
-    block: nn.Module,
-    sites: tuple[InputSite, ...],
-    forwards: list[Callable[[], torch.Tensor]],
-    *,
-    measure: Callable[[InputSite, torch.Tensor], None],
-    finish: Callable[[InputSite], None],
-) -> list[torch.Tensor]:
-    """The same, bit for bit, with one forward alive at a time: runs up to each site anew. For calibration sets beyond memory."""
-    for site in sites:
-
-        def stop(entry: nn.Module, args, site=site) -> None:
-            measure(site, used_input(entry, args[0]))
-            raise _Enough
-
-        handle = block.get_submodule(site.entry).register_forward_pre_hook(stop)
-        try:
-            for forward in forwards:
-                try:
-                    forward()
-                except _Enough:
-                    continue
-        finally:
-            handle.remove()
-        finish(site)
-    return [forward() for forward in forwards]
-
-
-class _Reached:
-    def __init__(self, site: int, x: torch.Tensor):
-        self.site, self.x = site, x
+def _at(found: _Reached | torch.Tensor, site: int) -> bool:
+    return isinstance(found, _Reached) and found.site == site
 
 
 class _Enough(Exception):
-    """The site has been measured; what follows is not needed yet."""
+    """The site's input is known; what follows is not needed yet."""
 
 
-def _pause(driver: greenlet, site: int):
+def _input_of(block: nn.Module, site: InputSite, forward: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """What `forward` brings to the site, None where it does not reach it."""
+    found = []
+
     def stop(entry: nn.Module, args) -> None:
-        driver.switch(_Reached(site, used_input(entry, args[0])))
+        found.append(used_input(entry, args[0]))
+        raise _Enough
 
-    return stop
+    handle = block.get_submodule(site.entry).register_forward_pre_hook(stop)
+    try:
+        forward()
+    except _Enough:
+        return found[0]
+    finally:
+        handle.remove()
+    return None

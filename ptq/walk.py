@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,9 @@ from ptq import distributed, experts, quantizers, reorder, weights
 from ptq.architectures import Geometry, Spec
 from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
-from ptq.gram import Gram
+from ptq.gram import Drift, Gram
 from ptq.recipe import Recipe, quantizes_activations
-from ptq.sequential import run_again, run_paused
+from ptq.sequential import Forwards, run_again, run_paused
 from ptq.sites import InputSite, block_sites, collect, until_last_input
 from ptq.source import Checkpoint, not_finite
 
@@ -60,16 +61,20 @@ class Compressed:
 def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     """Compress block i on the hidden states [B, T, C] that enter it.
 
+    With asymmetric targets the first half of `states` comes out of the compressed blocks before, the second out of full-precision
+    ones; so do the states that leave.
+
     Raises:
         NumericalFailure: an H that cannot be factored, or NaN or infinite values in the activations.
     """
     recipe, spec, geometry = run.recipe, run.spec, run.geometry
     prefix = f"{spec.blocks}.{i}"
     block = load_block(run.model, spec, i, run.names, run.checkpoint, device=run.device)
-    forwards = [lambda x=x: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states]
+    compressed = states[: len(states) // 2] if recipe.weights.asymmetric else states
+    forwards = forwards_of(run, i, block, compressed)
 
     def passes() -> None:
-        for forward in forwards:
+        for forward in forwards.each:
             until_last_input(forward)
 
     # Experts are solved one after another, which only the true-sequential walk does.
@@ -86,6 +91,9 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
     orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
     reorder.fold_orders(block, spec, geometry, orders)
+    beside = []
+    if recipe.weights.asymmetric:  # its channels are in the new order, nothing in it is quantized
+        beside = [forwards_of(run, i, copy.deepcopy(block), states[len(compressed) :])]
     sites = []
     if ranges:
         try:
@@ -94,7 +102,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
             raise NumericalFailure(f"{prefix}: {err}") from err
     set_softmax_bits(block, spec, recipe.activations.softmax_bits)
     if in_order:
-        facts, out = _solve_in_order(run, i, block, forwards, orders, prefix, strategy(block, states))
+        facts, out = _solve_in_order(run, i, [forwards, *beside], orders, prefix, strategy(block, states))
     else:
         if by_block and not one_pass:
             H = collect(block, spec, geometry, passes, ranges=False, hessians=True, where=prefix).H
@@ -105,7 +113,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         facts = []
         for site in block_sites(spec, block):
             facts += _compress_site(run, i, block, site, H.pop(site.name, None), orders, prefix, tokens)
-        out = [forward() for forward in forwards]
+        out = [forward() for forward in forwards.each]
     out = [x.cpu() for x in out]
     bad = sum(map(not_finite, out))
     if bad:
@@ -115,52 +123,59 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     return Compressed(block, out, ranges, orders, facts, sites)
 
 
-def _compress_site(run: Run, i: int, block, site: InputSite, H, orders, prefix: str, tokens: int):
+def _compress_site(run: Run, i: int, block, site: InputSite, H, orders, prefix: str, tokens: int, drift=None):
     pattern = weights.pattern_for(run.recipe, f"{prefix}.{site.name}", i, run.blocks, run.shares)
-    return weights.compress_site(block, site, run.recipe, H, orders, prefix, pattern=pattern, tokens=tokens)
+    return weights.compress_site(
+        block, site, run.recipe, H, orders, prefix, pattern=pattern, tokens=tokens, drift=drift
+    )
+
+
+def forwards_of(run: Run, i: int, block: nn.Module, states: list[torch.Tensor]) -> Forwards:
+    """Calls of `block` as block i on each of `states`."""
+    return Forwards(block, [lambda x=x: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states])
 
 
 def _solve_in_order(
-    run: Run,
-    i: int,
-    block: nn.Module,
-    forwards: list[Callable[[], torch.Tensor]],
-    orders: reorder.Orders,
-    prefix: str,
-    run_all: Callable,
+    run: Run, i: int, runs: list[Forwards], orders: reorder.Orders, prefix: str, run_all: Callable
 ) -> tuple[list[weights.LayerFact], list[torch.Tensor]]:
-    """Every site on what the compressed sites before it make; returns the facts and the block's outputs."""
+    """Every site of the first run's block on what the compressed sites before it make; returns the facts and all runs' outputs."""
+    block = runs[0].block
     grams: dict[str, Gram] = {}
+    drifts: dict[str, Drift] = {}
     facts: list[weights.LayerFact] = []
     wants_h = weights.wants_hessian(run.recipe)
     layer = None  # H and tokens at the router, toward which those of its experts are shrunk
 
-    def measure(site: InputSite, x: torch.Tensor) -> None:
+    def measure(site: InputSite, x: torch.Tensor, *full: torch.Tensor) -> None:
         if wants_h:
-            gram_of(block, site, grams).add(x)
+            sum_of(Gram, block, site, grams).add(x)
+        if full:
+            sum_of(Drift, block, site, drifts).add(x, *full)
 
     def finish(site: InputSite) -> None:
         nonlocal layer
         # Also of a site that nothing reached here: another process may have tokens for it, and all take together.
-        H, tokens = gram_of(block, site, grams).take() if wants_h else (None, 0)
+        H, tokens = sum_of(Gram, block, site, grams).take() if wants_h else (None, 0)
         grams.pop(site.name, None)
         if site.router is not None:
             layer = (H, tokens)
         if wants_h and site.expert is not None:
             H = _expert_hessian(site, H, tokens, layer)
+        drift = sum_of(Drift, block, site, drifts).take() if run.recipe.weights.asymmetric else None
+        drifts.pop(site.name, None)
         if site.linears:
-            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens))
+            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens, drift))
 
-    outputs = run_all(block, block_sites(run.spec, block), forwards, measure=measure, finish=finish)
-    return facts, outputs
+    outputs = run_all(runs, block_sites(run.spec, block), measure=measure, finish=finish)
+    return facts, [x for out in outputs for x in out]
 
 
-def gram_of(block: nn.Module, site: InputSite, grams: dict[str, Gram]) -> Gram:
-    """The site's own in `grams`, begun where it has none."""
-    if site.name not in grams:
+def sum_of(kind: type[Gram] | type[Drift], block: nn.Module, site: InputSite, sums: dict[str, Any]) -> Gram | Drift:
+    """The site's own in `sums`, begun where it has none."""
+    if site.name not in sums:
         weight = block.get_submodule(site.entry).weight  # [R, C]
-        grams[site.name] = Gram(weight.shape[1], weight.device)
-    return grams[site.name]
+        sums[site.name] = kind(weight.shape[1], weight.device)
+    return sums[site.name]
 
 
 def _expert_hessian(site: InputSite, own: torch.Tensor, tokens: int, layer: tuple[torch.Tensor, int]) -> torch.Tensor:

@@ -59,6 +59,7 @@ def compress_site(
     *,
     pattern: sparsegpt.Pattern | None = None,
     tokens: int | None = None,
+    drift: torch.Tensor | None = None,
 ) -> list[LayerFact]:
     """Compress the linears of one site in place.
 
@@ -66,6 +67,7 @@ def compress_site(
         H: float32 [C, C] = sum x x^T of the site's input, None where the recipe needs none.
         pattern: what to prune, None for nothing.
         tokens: how many tokens H is made of.
+        drift: float32 [C, C], sum (x - xhat) xhat^T, where targets are asymmetric.
 
     Raises:
         NumericalFailure: H could not be factored, with the module and the damping tried; with on_failure "skip" the
@@ -83,7 +85,8 @@ def compress_site(
         outcome = Outcome()
     else:
         try:
-            outcome = _solve(linears, H, group_sizes(linears[0].in_features, site, recipe, orders), recipe, pattern)
+            sizes = group_sizes(linears[0].in_features, site, recipe, orders)
+            outcome = _solve(linears, H, sizes, recipe, pattern, drift)
         except sparsegpt.SolveError as err:
             if recipe.on_failure != "skip":
                 raise NumericalFailure(f"{name}: {err}") from err
@@ -142,6 +145,7 @@ def _solve(
     sizes: torch.Tensor,
     recipe: Recipe,
     pattern: sparsegpt.Pattern | None,
+    drift: torch.Tensor | None,
 ) -> Outcome:
     """Compress `linears`, stacked along their rows, of which each process solves its share."""
     bits, sizes = recipe.weights.bits, sizes.to(linears[0].weight.device)
@@ -158,6 +162,8 @@ def _solve(
         whole = torch.tensor([W.shape[1]], device=W.device)
         order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order and grid else None
         factor = sparsegpt.factor(H, damp=recipe.weights.damp, order=order)
+        if drift is not None:
+            W = sparsegpt.asymmetric_target(W, drift, factor, strength=recipe.weights.asymmetric)
         if pattern is None:
             del H
             solution = sparsegpt.solve(W, factor, **grid, **kernels)

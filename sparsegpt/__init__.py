@@ -12,6 +12,7 @@ from sparsegpt.scores import choose
 from sparsegpt.solution import Solution
 from sparsegpt.solve import solve
 from sparsegpt.sweep import sweep
+from sparsegpt.target import asymmetric_target
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,7 @@ __all__ = [
     "activation_order",
     "admm",
     "alps",
+    "asymmetric_target",
     "choose",
     "dequantize",
     "encode",

@@ -299,11 +299,19 @@ class Linear(nn.Module):
         """x [..., C] -> [..., R], same dtype."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        if self.tiles is not None and x.dtype == torch.float32 and x.numel() >= FEW_TOKENS * self.in_features:
+        if self._skips_zeros_of(x):
             y = sparse_linear(x, self.tiles, self.bias)
         else:
             y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _skips_zeros_of(self, x: torch.Tensor) -> bool:
+        plain = self.bits == 16 and self.sparse is None  # else the whole weight would have to be decoded first
+        if self.tiles is None or (plain and x.numel() < FEW_TOKENS * self.in_features):
+            return False
+        # The kernel has no gradient, and `to` does not take the layout along.
+        same_kind = x.dtype == self.tiles.values.dtype and x.device == self.tiles.values.device
+        return same_kind and not (torch.is_grad_enabled() and x.requires_grad)
 
     def extra_repr(self) -> str:
         layout = "" if self.sparse is None else f", {self.sparse['kind']}"

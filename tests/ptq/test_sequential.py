@@ -11,7 +11,7 @@ from torch import nn
 from ptq.architectures import spec_for
 from ptq.architectures.families import LLAMA
 from ptq.blocks import load_block, record_calls, run_block, skeleton, tensor_names
-from ptq.sequential import run_again, run_paused
+from ptq.sequential import Forwards, run_again, run_paused
 from ptq.sites import InputSite, block_sites
 from ptq.source import open_checkpoint
 
@@ -84,7 +84,7 @@ class Watch:
 def walk(opened, family, strategy):
     block, sites, forwards = opened(family)
     watch = Watch(block, sites)
-    outputs = strategy(block, sites, forwards, measure=watch.measure, finish=watch.finish)
+    (outputs,) = strategy([Forwards(block, forwards)], sites, measure=watch.measure, finish=watch.finish)
     return watch, outputs, forwards
 
 
@@ -159,6 +159,35 @@ def remember(greenlets, forward):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", ["opt", "llama", "gptj"])
+def test_a_second_block_goes_beside_the_first(family, strategy, opened):
+    block, sites, forwards = opened(family)
+    other, _, its_forwards = opened(family)
+    expected = [forward() for forward in its_forwards]
+    alone = {}
+    strategy(
+        [Forwards(other, its_forwards)],
+        sites,
+        measure=lambda site, x: alone.setdefault(site.name, []).append(x),
+        finish=lambda site: None,
+    )
+    watch, beside = Watch(block, sites), {}
+
+    def measure(site, x, full):
+        watch.measure(site, x)
+        beside.setdefault(site.name, []).append(full)
+
+    runs = [Forwards(block, forwards), Forwards(other, its_forwards)]
+    outputs, full_outputs = strategy(runs, sites, measure=measure, finish=watch.finish)
+    assert beside.keys() == alone.keys()
+    for name, inputs in beside.items():  # which shows that each came with its own micro-batch, too
+        assert all(torch.equal(x, y) for x, y in zip(inputs, alone[name], strict=True)), name
+    assert all(torch.equal(x, y) for x, y in zip(full_outputs, expected, strict=True))
+    assert all(torch.equal(x, forward()) for x, forward in zip(outputs, forwards, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(outputs, full_outputs))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("place", ["measure", "finish", "first forward", "last forward", "inside a block"])
 def test_an_error_unwinds_everything(place, strategy, opened):
     block, sites, forwards = opened("llama")
@@ -172,7 +201,7 @@ def test_an_error_unwinds_everything(place, strategy, opened):
     if place == "inside a block":  # between R4 and R5, with all forwards on their way
         block.mlp.act_fn = type("BrokenActivation", (nn.Module,), {"forward": fail_on(1)})()
     with pytest.raises(Broken):
-        strategy(block, sites, broken, measure=measure, finish=finish)
+        strategy([Forwards(block, broken)], sites, measure=measure, finish=finish)
     block.mlp.act_fn = act_fn
     assert {name: list(m._forward_pre_hooks) for name, m in block.named_modules()} == hooks
     assert all(g.dead for g in greenlets if g is not getcurrent())
@@ -194,14 +223,14 @@ def test_stopped_forwards_run_their_own_cleanup(opened):
         return run
 
     with pytest.raises(Broken):
-        run_paused(block, sites, [careful(f) for f in forwards], measure=lambda *_: None, finish=fail_on(2))
+        run_paused([Forwards(block, [careful(f) for f in forwards])], sites, measure=lambda *_: None, finish=fail_on(2))
     assert ended == [True] * 3
 
 
 def test_sites_in_the_wrong_order_are_an_error(opened):
     block, (first, second, *rest), forwards = opened("opt")
     with pytest.raises(RuntimeError, match="site R3 was reached after a later one"):
-        run_paused(block, (second, first, *rest), forwards, measure=lambda *_: None, finish=lambda *_: None)
+        run_paused([Forwards(block, forwards)], (second, first, *rest), measure=lambda *_: None, finish=lambda *_: None)
 
 
 def test_a_router_is_watched_where_no_linear_shares_its_input(opened):
@@ -209,7 +238,7 @@ def test_a_router_is_watched_where_no_linear_shares_its_input(opened):
     router = next(site for site in sites if site.router)
     assert router == InputSite("R4", (), "post_attention_layernorm", router="mlp.gate")
     watch = Watch(block, sites)
-    run_paused(block, sites, forwards, measure=watch.measure, finish=watch.finish)
+    run_paused([Forwards(block, forwards)], sites, measure=watch.measure, finish=watch.finish)
     tokens = {name: sum(x.shape[0] for s, x in watch.seen if s == name) for name, _ in watch.seen if ".e" in name}
     at_router = sum(x.numel() // x.shape[-1] for name, x in watch.seen if name == "R4")
     assert at_router == BATCHES[0].shape[1] * 5
@@ -222,6 +251,6 @@ def test_a_site_that_no_forward_reaches_is_finished_all_the_same(strategy, opene
     block, sites, forwards = opened("mixtral")
     block.mlp.gate.register_forward_hook(lambda _, args, out: (*out[:2], torch.tensor([0, 1]).expand_as(out[2])))
     watch = Watch(block, sites)
-    strategy(block, sites, forwards, measure=watch.measure, finish=watch.finish)
+    strategy([Forwards(block, forwards)], sites, measure=watch.measure, finish=watch.finish)
     assert {name for name, _ in watch.seen} == {"R1", "R3", "R4", "R4.e0", "R5.e0", "R4.e1", "R5.e1"}
     assert watch.finished == SITES["mixtral"]
