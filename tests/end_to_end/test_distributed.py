@@ -153,6 +153,10 @@ RUNS = {
     "half": ("small", {"method": "sparsegpt", "pruning": {**HALF, **PLAIN}}),
     "refined": ("small", {"method": "sparsegpt", "pruning": HALF}),
     "2:4": ("small", {"method": "sparsegpt", "pruning": {"keep": "2:4", **PLAIN}}),
+    "asymmetric": (
+        "small",
+        {"method": "sparsegpt", "weights": {"asymmetric": 0.5}, "pruning": {**HALF, **PLAIN}},
+    ),
     "joint": (
         "small",
         {"method": "sparsegpt", "weights": {"bits": 4}, "pruning": {**HALF, **PLAIN, "storage": "packed"}},

@@ -25,7 +25,7 @@ import ptq
 from ptq import pipeline, walk, weights
 from ptq.architectures import FAMILIES
 from ptq.cli import main
-from ptq.errors import NumericalFailure
+from ptq.errors import NumericalFailure, PtqError
 from ptq.ledger import Ledger
 from ptq.recipe import PRUNING_METHODS
 
@@ -63,7 +63,7 @@ def prune(recipe_for, run):
             complete(self, states, record)
 
         def look(block, site, recipe, seen, orders, prefix, **options):
-            H[int(prefix.rpartition(".")[2])][site.name] = seen.clone()
+            H[int(prefix.rpartition(".")[2])][site.name] = None if seen is None else seen.clone()
             return solve(block, site, recipe, seen, orders, prefix, **options)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -439,6 +439,52 @@ def test_an_allocation_spreads_the_same_number_of_zeros(family, allocation, mode
     assert len(shares) == 2 if allocation == "owl" else len(shares) > 2  # blocks differ, or sites do
 
 
+# --- asymmetric targets
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gptj", "gemma2"])
+def test_asymmetric_targets_are_made_beside_the_full_precision_model(
+    family, model_folder, prune, run, recipe_for, tmp_path
+):
+    """What goes beside is full precision: its states are those of a run that prunes nothing."""
+    options = {"pruning": {"sparsity": 0.5}, "weights": {"asymmetric": 0.5}}
+    result = prune(model_folder(family), tmp_path / "pruned", **options)
+    untouched = prune(model_folder(family), tmp_path / "same", method="gptq", weights={"bits": 16})
+    for left, full in zip(result.left, untouched.left, strict=True):
+        both = left.unflatten(0, (2, -1))  # [2 B, T, C] -> [2, B, T, C]
+        torch.testing.assert_close(both[1], full)
+        assert not torch.allclose(both[0], full)
+
+
+def test_asymmetric_targets_with_reordered_channels_are_in_their_order(model_folder, prune, tmp_path):
+    options = {"preset": "W4A8", "true_sequential": True}
+    symmetric = prune(model_folder("llama"), tmp_path / "symmetric", method="rptq", **options)
+    result = prune(
+        model_folder("llama"), tmp_path / "asymmetric", method="rptq", **options, weights={"asymmetric": 0.5}
+    )
+    untouched = prune(model_folder("llama"), tmp_path / "same", method="gptq", weights={"bits": 16})
+    for left, before, full in zip(result.left, symmetric.left, untouched.left, strict=True):
+        both = left.unflatten(0, (2, -1))  # [2 B, T, C] -> [2, B, T, C]
+        torch.testing.assert_close(both[1], full, rtol=1e-4, atol=1e-4)  # sums of channels in another order
+        # a target of channels that are not its own would be far off; on random weights the gain itself is small
+        assert difference(both[0], full) < 1.1 * difference(before, full)
+
+
+@pytest.mark.parametrize(
+    "family, method, options, said",
+    [
+        ("opt", "sparsegpt", {"true_sequential": False}, "weights.asymmetric: needs each linear's own input"),
+        ("opt", "wanda", {}, "weights.asymmetric: no solver moves the weights"),
+        ("mixtral", "sparsegpt", {}, "mixtral has experts"),
+    ],
+)
+def test_asymmetric_targets_that_cannot_be_are_refused(family, method, options, said, model_folder, prune, tmp_path):
+    options |= {"pruning": {"sparsity": 0.5}, "weights": {"asymmetric": 0.5}}
+    with pytest.raises(PtqError, match=said):
+        prune(model_folder(family), tmp_path / "o", method=method, **options)
+    assert not (tmp_path / "o").exists()
+
+
 # --- repeated, killed and resumed
 
 
@@ -448,12 +494,14 @@ def test_the_same_recipe_writes_the_same_bytes(family, pruned, prune, model_fold
     assert contents(again.out) == contents(pruned(family).out)
 
 
-@pytest.mark.parametrize("allocation, storage", [("uniform", "dense"), ("error", "packed")])
+@pytest.mark.parametrize(
+    "allocation, storage, asymmetric", [("uniform", "dense", 0.0), ("error", "packed", 0.0), ("uniform", "dense", 0.5)]
+)
 def test_resumed_from_states_that_a_kill_leaves_the_bytes_are_the_same(
-    allocation, storage, small, recipe_for, run, states_of_a_kill
+    allocation, storage, asymmetric, small, recipe_for, run, states_of_a_kill
 ):
     pruning = {"sparsity": 0.5, "allocation": allocation, "storage": storage}
-    recipe = recipe_for(small, method="sparsegpt", pruning=pruning)
+    recipe = recipe_for(small, method="sparsegpt", pruning=pruning, weights={"asymmetric": asymmetric})
     out, states = states_of_a_kill(recipe)
     whole = contents(out)
     resumable = [s for s in states if (s / "out.partial" / "ledger.json").is_file()]
