@@ -34,7 +34,7 @@ class Weights:
     `groups`: "auto" (the input's clusters, wide ones cut: see `ptq.weights.group_sizes`), "cluster" (the clusters, as in the paper),
     "channel" (one grid a row) or a group size. `solver`: "gptq", "rtn" (round to nearest) or "group4" (FlexGen's codec).
     `asymmetric`: how far the solver aims, from 0 to 1, at what full precision makes of its own inputs, and not of the compressed
-    model's: see `sparsegpt.asymmetric_target`. Needs true_sequential, and a second forward in full precision.
+    model's: see `sparsegpt.asymmetric_target`. Needs true_sequential, and a second forward in full precision; leaves experts out.
     """
 
     bits: int = 16

@@ -34,18 +34,20 @@ def run_paused(
 ) -> list[list[torch.Tensor]]:
     """The outputs of each run's forwards, in order.
 
-    runs: the block to compress, and perhaps others that go beside it on micro-batches of their own and reach the same sites.
-    measure(site, x, ...): called for every micro-batch that reaches the site, x [..., C] of each run as the linear will use it.
+    runs: the block to compress, and perhaps others that go beside it on the same tokens.
+    measure(site, x, ...): called for every micro-batch that reaches the site, x [..., C] of each run as the linear will use it; at an
+        expert's site of the first run alone, for the others may send it other tokens.
     finish(site): called once for every site, after all of them: compresses the site's linears, which no forward has run yet.
     """
     with ExitStack() as stack:
-        paused = [stack.enter_context(_paused(run, sites)) for run in runs]
+        paused = [stack.enter_context(_paused(run, sites, first=run is runs[0])) for run in runs]
         for i, site in enumerate(sites):
             there = [n for n, found in enumerate(paused[0].results) if _at(found, i)]
+            beside = _together(paused, site)
             for n in there:
-                measure(site, *(p.results[n].x for p in paused))
+                measure(site, *(p.results[n].x for p in beside))
             finish(site)
-            for p in paused:
+            for p in beside:
                 for n in there:
                     p.results[n] = p.running[n].switch()
         late = [found.site for found in paused[0].results if isinstance(found, _Reached)]
@@ -63,12 +65,18 @@ def run_again(
 ) -> list[list[torch.Tensor]]:
     """The same, bit for bit, with one forward alive at a time: runs up to each site anew. For calibration sets beyond memory."""
     for site in sites:
-        for forwards in zip(*(run.each for run in runs)):
-            inputs = [_input_of(run.block, site, forward) for run, forward in zip(runs, forwards)]
+        beside = _together(runs, site)
+        for forwards in zip(*(run.each for run in beside)):
+            inputs = [_input_of(run.block, site, forward) for run, forward in zip(beside, forwards)]
             if inputs[0] is not None:
                 measure(site, *inputs)
         finish(site)
     return [[forward() for forward in run.each] for run in runs]
+
+
+def _together(runs: list, site: InputSite) -> list:
+    """Those of `runs` that bring the same tokens to the site."""
+    return runs if site.expert is None else runs[:1]
 
 
 class _Reached:
@@ -83,8 +91,8 @@ class _Paused:
 
 
 @contextmanager
-def _paused(run: Forwards, sites: tuple[InputSite, ...]) -> Iterator[_Paused]:
-    """Every forward up to the first site it reaches."""
+def _paused(run: Forwards, sites: tuple[InputSite, ...], *, first: bool) -> Iterator[_Paused]:
+    """Every forward up to the first site where it stops."""
     driver = getcurrent()
 
     def pause(site: int):
@@ -93,7 +101,8 @@ def _paused(run: Forwards, sites: tuple[InputSite, ...]) -> Iterator[_Paused]:
 
         return stop
 
-    handles = [run.block.get_submodule(site.entry).register_forward_pre_hook(pause(i)) for i, site in enumerate(sites)]
+    stops = [(i, site.entry) for i, site in enumerate(sites) if first or site.expert is None]
+    handles = [run.block.get_submodule(entry).register_forward_pre_hook(pause(i)) for i, entry in stops]
     running = [greenlet(forward) for forward in run.each]
     try:
         yield _Paused(running, [g.switch() for g in running])

@@ -161,8 +161,10 @@ def _solve_in_order(
             layer = (H, tokens)
         if wants_h and site.expert is not None:
             H = _expert_hessian(site, H, tokens, layer)
-        drift = sum_of(Drift, block, site, drifts).take() if run.recipe.weights.asymmetric else None
-        drifts.pop(site.name, None)
+        drift = None
+        if run.recipe.weights.asymmetric and site.expert is None:
+            drift = sum_of(Drift, block, site, drifts).take()
+            del drifts[site.name]
         if site.linears:
             facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens, drift))
 
