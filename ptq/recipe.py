@@ -164,8 +164,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def _pruning(method: str, refine: int) -> dict[str, Any]:
-    weights = {"groups": "channel", "act_order": False}
+def _pruning(method: str, refine: int, asymmetric: float) -> dict[str, Any]:
+    weights = {"groups": "channel", "act_order": False, "asymmetric": asymmetric}
     return {
         "reorder": False,
         "true_sequential": True,
@@ -175,11 +175,11 @@ def _pruning(method: str, refine: int) -> dict[str, Any]:
 
 
 PRUNING_METHODS: dict[str, dict[str, Any]] = {
-    "sparsegpt": _pruning("sparsegpt", 10),
-    "admm": _pruning("admm", 15),
-    "alps": _pruning("alps", 10),
-    "wanda": _pruning("wanda", 0),
-    "magnitude": _pruning("magnitude", 0),
+    "sparsegpt": _pruning("sparsegpt", 10, 0.5),
+    "admm": _pruning("admm", 15, 0.5),
+    "alps": _pruning("alps", 10, 0.5),
+    "wanda": _pruning("wanda", 0, 0.0),
+    "magnitude": _pruning("magnitude", 0, 0.0),
 }
 
 METHOD_NOTES = {
@@ -188,9 +188,9 @@ METHOD_NOTES = {
     "gptq": "GPTQ weights per output channel, activations per tensor (or --act-grid token)",
     "smoothquant": "SmoothQuant, alpha 0.5, round-to-nearest weights, activations per tensor (or --act-grid token)",
     "group4": "FlexGen's codec: 4 bits in groups of 64 for weights and, with --kv-bits 4, for keys and values",
-    "sparsegpt": "SparseGPT's sweep, then conjugate gradients on the kept weights",
-    "admm": "mask and weights by a short ADMM from SparseGPT's result, then conjugate gradients",
-    "alps": "ALPS: ADMM until the mask stands, then conjugate gradients",
+    "sparsegpt": "SparseGPT's sweep toward full precision's outputs, then conjugate gradients on the kept weights",
+    "admm": "the same, mask and weights by a short ADMM from SparseGPT's result",
+    "alps": "the same, ADMM until the mask stands (ALPS)",
     "wanda": "|w| times the norm of its input, row by row; kept weights stay as they are",
     "magnitude": "|w|; kept weights stay as they are (the baseline)",
 }
@@ -343,7 +343,9 @@ def _check_asymmetric(recipe: Recipe) -> None:
     if not w.asymmetric:
         return
     if not recipe.true_sequential:
-        raise BadInput("weights.asymmetric: needs each linear's own input; add --set true_sequential=true")
+        raise BadInput(
+            "weights.asymmetric: needs each linear's own input; set true_sequential=true or weights.asymmetric=0"
+        )
     solved = (
         p.method not in ("wanda", "magnitude") or p.refine if prunes(recipe) else w.solver == "gptq" and w.bits < 16
     )

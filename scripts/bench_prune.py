@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and peak memory of pruning, beside the peers, in one run.
 
-usage: python scripts/bench_prune.py MODEL --calib FILE --text FILE [--peers llm-compressor] [--ours sparsegpt admm+pcg]
+usage: python scripts/bench_prune.py MODEL --calib FILE --text FILE [--peers llm-compressor] [--ours sparsegpt ...]
            [--nsamples 16] [--seqlen 512] [--windows 24] [--no-eval] [--repeats 1] [--layer-repeats 3] [--threads N]
            [--peer-venv build/llm-compressor] [--only end-to-end|layers] [--out results/bench_prune]
 
@@ -344,7 +344,7 @@ def parse():
     parser.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="full-precision folder")
     parser.add_argument("--calib", type=Path, help="calibration text, a file")
     parser.add_argument("--text", type=Path, help="evaluation text, a file")
-    parser.add_argument("--ours", nargs="+", choices=OURS, default=["sparsegpt", "admm+pcg"])
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=["sparsegpt"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[])
     parser.add_argument("--peer-venv", type=Path, default=Path("build/llm-compressor"), help="made if it is not there")
     parser.add_argument("--nsamples", type=int, default=16, help="calibration windows")

@@ -39,18 +39,19 @@ class Row:
     seeded: bool = True
 
 
-HALF, PLAIN = ("--sparsity", "0.5"), ("--method", "sparsegpt", "--refine", "none")
-BEST = ("--method", "admm", "--refine", "pcg:10")
+HALF, PLAIN = ("--sparsity", "0.5"), ("--method", "sparsegpt", "--refine", "none", "--set", "weights.asymmetric=0")
+BEST = ("--method", "admm", "--refine", "pcg:15", "--set", "weights.asymmetric=0.5")
 ROWS = (
     Row("full", "full precision", None, seeded=False),
     Row("magnitude-50", "magnitude 50%", (*HALF, "--method", "magnitude", "--refine", "none"), seeded=False),
+    Row("wanda-50", "Wanda 50%", (*HALF, "--method", "wanda", "--refine", "none")),
     Row("sparsegpt-50", "SparseGPT 50%", (*HALF, *PLAIN)),
     Row("sparsegpt-4:8", "SparseGPT 4:8", ("--nm", "4:8", *PLAIN)),
     Row("sparsegpt-2:4", "SparseGPT 2:4", ("--nm", "2:4", *PLAIN)),
     Row("joint-50-w4", "SparseGPT 50% + 4-bit", (*HALF, "--wbits", "4", *PLAIN)),
-    Row("best-50", "ADMM + PCG 50%", (*HALF, *BEST)),
-    Row("best-4:8", "ADMM + PCG 4:8", ("--nm", "4:8", *BEST)),
-    Row("best-2:4", "ADMM + PCG 2:4", ("--nm", "2:4", *BEST)),
+    Row("best-50", "ADMM + PCG, asymmetric 50%", (*HALF, *BEST)),
+    Row("best-4:8", "ADMM + PCG, asymmetric 4:8", ("--nm", "4:8", *BEST)),
+    Row("best-2:4", "ADMM + PCG, asymmetric 2:4", ("--nm", "2:4", *BEST)),
 )
 
 
