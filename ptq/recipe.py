@@ -346,10 +346,7 @@ def _check_asymmetric(recipe: Recipe) -> None:
         raise BadInput(
             "weights.asymmetric: needs each linear's own input; set true_sequential=true or weights.asymmetric=0"
         )
-    solved = (
-        p.method not in ("wanda", "magnitude") or p.refine if prunes(recipe) else w.solver == "gptq" and w.bits < 16
-    )
-    if not solved:
+    if p.method in ("wanda", "magnitude") and not p.refine if prunes(recipe) else w.bits < 16 and w.solver != "gptq":
         raise BadInput("weights.asymmetric: no solver moves the weights; leave it 0, or refine or quantize with gptq")
 
 
