@@ -194,7 +194,8 @@ def solve_ours(W, H, pattern):
     started = time.monotonic()
     factor = sparsegpt.factor(H)
     factored = time.monotonic()
-    found = sparsegpt.solve(W, factor, pattern=sparsegpt.Pattern(**SOLVER_PATTERNS[pattern]), sweep=lowbit.sweep)
+    pattern, kernels = sparsegpt.Pattern(**SOLVER_PATTERNS[pattern]), {"sweep": lowbit.sweep, "lowest": lowbit.lowest}
+    found = sparsegpt.solve(W, factor, pattern=pattern, **kernels)
     steps = {"seconds_factor": factored - started, "seconds_solve": time.monotonic() - factored}
     return found.weight, {"seconds": sum(steps.values()), **steps}
 

@@ -65,7 +65,8 @@ def factor(H: Tensor, *, damp: float = 0.01, order: Tensor | None = None) -> Fac
 
     # Factoring in reversed order and flipping back turns the lower Cholesky factor into the upper one.
     reversed_order = order.flip(0)
-    A = H[reversed_order[:, None], reversed_order]  # [C, C]
+    reordered = not torch.equal(order, torch.arange(order.numel(), device=order.device))
+    A = H[reversed_order[:, None], reversed_order] if reordered else H.flip(0, 1)  # [C, C]
     undamped = diagonal[reversed_order].masked_fill(dead[reversed_order], 1)  # [C]
     attempts: list[tuple[float, torch.dtype]] = []
     for step in LADDER:

@@ -138,7 +138,7 @@ def _given_mask(W: Tensor, factor: Factor, pattern: Pattern | None, mask: Tensor
         kept = mask.to(W.device)
     else:
         kept = W != 0 if pattern.preserve else torch.ones_like(W, dtype=torch.bool)
-    kept = kept.t().index_select(0, factor.order)  # [R, C] -> [C, R] by step
+    kept = kept.t().contiguous().index_select(0, factor.order)  # [R, C] -> [C, R] by step
     kept[factor.dead[factor.order]] = False
     return kept
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.cli import options
+from ptq.cli.memory import keep_freed_memory
 from ptq.errors import BadInput
 from ptq.progress import Progress
 from ptq.recipe import KV_BITS, METHODS, PRESETS, Recipe, build
@@ -68,6 +69,7 @@ def compress(recipe: Recipe, args: argparse.Namespace) -> None:
     """Run `recipe` with the options of `add_run_options`; print a summary, or the report under --json."""
     from ptq import distributed, pipeline
 
+    keep_freed_memory()
     out, first = Path(args.out), distributed.rank() == 0
     progress = Progress(quiet=args.quiet or not first, verbose=args.verbose)
     report = pipeline.compress(
