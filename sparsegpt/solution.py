@@ -41,9 +41,8 @@ def check_finite(W: Tensor) -> None:
 
 def by_step(D: Tensor, factor: Factor) -> Tensor:
     """D [R, C] laid out for the sweep: float32 [C, R], a fresh copy, one contiguous row for each processing step."""
-    by_channel = (
-        D.t().contiguous()
-    )  # [C, R]; rows of a contiguous matrix are gathered several times faster than columns
+    # Rows of a contiguous matrix are gathered several times faster than columns.
+    by_channel = D.t().contiguous()  # [C, R]
     return by_channel.index_select(0, factor.order).float()
 
 

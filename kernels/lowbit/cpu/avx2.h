@@ -1,6 +1,15 @@
-// Vectors of eight floats and what kernels do with them. Include after <immintrin.h>, where the target is already AVX2 with FMA.
+// Vectors of eight floats and what kernels do with them. From here on a file is compiled for AVX2 with FMA, whatever the compiler's
+// default: include nothing after it but the kernel. Clang wants the attribute popped at the file's end.
 #pragma once
+#include <immintrin.h>
+
 #include <cstdint>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
 
 typedef __m256 vec;
 typedef std::int32_t ivec __attribute__((vector_size(32)));

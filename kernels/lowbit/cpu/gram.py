@@ -17,7 +17,4 @@ def add_gram(upper: torch.Tensor, x: torch.Tensor) -> None:
     sizes = [ctypes.c_long(size) for size in x.shape]
     tensors = x, upper
     status = native.library().lowbit_add_gram(torch.get_num_threads(), *sizes, *map(native.pointer, tensors))
-    if status == native.OUT_OF_MEMORY:
-        raise MemoryError(f"lowbit.add_gram found no memory for a copy of x {list(x.shape)}")
-    if status == native.NO_SUCH_PATH:
-        raise ValueError("this machine cannot run the avx2 path")
+    native.check(status, f"lowbit.add_gram found no memory for a copy of x {list(x.shape)}", "avx2")

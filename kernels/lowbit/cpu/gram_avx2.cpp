@@ -1,13 +1,5 @@
 // The product of two panels in AVX2 with fused multiply-add; has_avx2() says who may run it.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma")
-#endif
-
 #include "avx2.h"
 #include "gram.h"
 

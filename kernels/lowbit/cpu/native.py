@@ -32,3 +32,11 @@ def fast_avx2() -> bool:
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """The address of a contiguous CPU tensor's first element, null for None. The caller keeps the tensor alive."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def check(status: int, need: str, path: str) -> None:
+    """Raises MemoryError or ValueError for what a C function returned; `need`: what there was no memory for."""
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(need)
+    if status == NO_SUCH_PATH:
+        raise ValueError(f"this machine cannot run the {path} path")

@@ -38,8 +38,5 @@ def sparse_linear(
     sizes = [ctypes.c_long(size) for size in (T, C, R)]
     threads = torch.get_num_threads()
     status = native.library().lowbit_sparse_linear(native.PATHS[path], threads, *sizes, *map(native.pointer, tensors))
-    if status == native.OUT_OF_MEMORY:
-        raise MemoryError(f"lowbit.sparse_linear found no memory for {R} rows on {threads} threads")
-    if status == native.NO_SUCH_PATH:
-        raise ValueError(f"this machine cannot run the {path} path")
+    native.check(status, f"lowbit.sparse_linear found no memory for {R} rows on {threads} threads", path)
     return y

@@ -1,13 +1,5 @@
 // The sparse linear in AVX2 with fused multiply-add, compiled for it whatever the compiler's default; has_avx2() says who may run it.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma")
-#endif
-
 #include "avx2.h"
 #include "sparse_linear_panel.h"
 

@@ -36,8 +36,5 @@ def sweep(
     sizes = [ctypes.c_long(size) for size in (b, R, n, m)]
     threads = torch.get_num_threads()
     status = native.library().lowbit_sweep(native.PATHS[path], threads, *sizes, *map(native.pointer, tensors))
-    if status == native.OUT_OF_MEMORY:
-        raise MemoryError(f"lowbit.sweep found no memory for a block of {b} steps on {threads} threads")
-    if status == native.NO_SUCH_PATH:
-        raise ValueError(f"this machine cannot run the {path} path")
+    native.check(status, f"lowbit.sweep found no memory for a block of {b} steps on {threads} threads", path)
     return values, kept, W1
