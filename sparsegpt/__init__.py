@@ -1,6 +1,7 @@
 """The layer solver: a weight and its H in, pruned or quantized weights out. Tensors only, no model."""
 
 from sparsegpt.admm import admm, alps
+from sparsegpt.descend import descend
 from sparsegpt.errors import SolveError
 from sparsegpt.factor import Factor, activation_order, factor
 from sparsegpt.grid import WeightGrid, dequantize, encode, fit_grid, quantize_codes
@@ -27,6 +28,7 @@ __all__ = [
     "asymmetric_target",
     "choose",
     "dequantize",
+    "descend",
     "encode",
     "factor",
     "fit_grid",

@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsegpt.pattern import alone
 
 SMALLEST_SCALE = 2.0**-20
+SHARES = tuple(1 - 0.05 * i for i in range(9))
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,20 @@ def group_index(sizes: Tensor, channels: int) -> Tensor:
 
 
 def fit_grid(
-    W: Tensor, sizes: Tensor, bits: int, *, scale_dtype: torch.dtype = torch.float16, total: Callable = alone
+    W: Tensor,
+    sizes: Tensor,
+    bits: int,
+    *,
+    importance: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+    total: Callable = alone,
 ) -> WeightGrid:
     """Min-max grid of W float [R, C] per row and group, widened to hold 0 so that zero weights stay exactly zero.
 
-    GPTQ (arXiv 2210.17323) section 4. Scales are raised to at least 2^-20 and rounded to scale_dtype; when the largest is
-    outside that dtype's normal range (float16: 2^-14 to 65504) all stay float32. A group of zeros has scale 1 and zero 0.
+    GPTQ (arXiv 2210.17323) section 4. importance: float [C]; with it the range of each group shrinks by the one of SHARES that has the
+    least sum_c importance_c (w_c - w_hat_c)^2, importance_c being the energy of channel c, diag H. Scales are raised to at least 2^-20
+    and rounded to scale_dtype; when the largest is outside that dtype's normal range (float16: 2^-14 to 65504) all stay float32. A
+    group of zeros has scale 1 and zero 0.
     total: as for `solve`.
     Raises ValueError for W that is not a finite matrix, bits outside 2..8, or bad sizes.
     """
@@ -55,6 +64,8 @@ def fit_grid(
     # NaN, Inf and float64 values beyond float32 all show in the extremes.
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError(f"W {list(W.shape)} holds NaN, Inf or values beyond float32: look at the checkpoint")
+    if importance is not None:
+        low, high = _narrowed(parts, low, high, importance.float().split(sizes.tolist()), levels)
     # Dividing before subtracting keeps the range of two huge weights of opposite sign finite.
     scale = (high / levels - low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
     constant = high == low
@@ -69,6 +80,26 @@ def fit_grid(
         scale = scale.clamp_(min=SMALLEST_SCALE).to(scale_dtype)
     zero = torch.round(-low / scale.float()).clamp_(0, levels)
     return WeightGrid(scale, zero, sizes, bits)
+
+
+def _narrowed(
+    parts: tuple[Tensor, ...], low: Tensor, high: Tensor, importance: tuple[Tensor, ...], levels: int
+) -> tuple[Tensor, Tensor]:
+    """low, high [R, G] of the groups `parts`, L x [R, n], each times its best share."""
+    ends = []
+    for part, m, M, weight in zip(parts, low.split(1, 1), high.split(1, 1), importance, strict=True):
+        w, share = part.float(), torch.ones_like(m)
+        least = torch.full_like(m, torch.inf)
+        for candidate in SHARES:
+            s = ((M - m) * (candidate / levels)).clamp_(min=torch.finfo(torch.float32).tiny)  # [R, 1]
+            z = torch.round(-m * candidate / s)
+            error = (
+                torch.round(w / s).add_(z).clamp_(0, levels).sub_(z).mul_(s).sub_(w).square_() @ weight[:, None]
+            )  # [R, 1]
+            better = error < least
+            share, least = torch.where(better, candidate, share), torch.where(better, error, least)
+        ends.append((m * share, M * share))
+    return torch.cat([m for m, _ in ends], 1), torch.cat([M for _, M in ends], 1)
 
 
 def quantize_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -100,3 +100,19 @@ def test_zero_weights_stay_zero():
 def test_bad_arguments_raise(W, sizes, bits, message):
     with pytest.raises(ValueError, match=message):
         fit_grid(W, torch.tensor(sizes), bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_an_important_channel_narrows_the_range_and_no_group_loses(bits):
+    W = torch.randn(9, 24, generator=torch.Generator().manual_seed(0)) ** 3
+    sizes, importance = torch.tensor([8, 16]), torch.linspace(0.1, 5, 24)
+
+    def errors(grid):
+        by_weight = (dequantize(encode(W, grid), grid) - W).square() * importance
+        return torch.stack([part.sum(1) for part in by_weight.split(sizes.tolist(), 1)], 1)
+
+    plain = fit_grid(W, sizes, bits, scale_dtype=torch.float32)
+    narrowed = fit_grid(W, sizes, bits, importance=importance, scale_dtype=torch.float32)
+    assert (errors(narrowed) <= errors(plain) * (1 + 1e-5)).all()  # float32 sums
+    assert errors(narrowed).sum() < errors(plain).sum()
+    assert (narrowed.scale <= plain.scale).all()
