@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lowbit.experts import Experts
 from lowbit.modules import Linear, Norm
+from lowbit.sinks import announce, leading
 from torch import nn
 
 from ptq import layout
@@ -205,7 +206,8 @@ def norm_paths(spec: Spec) -> tuple[str, ...]:
     return tuple(n for n in (spec.attention_norm, spec.mlp_norm) if n) + (spec.head_norms or ())
 
 
-def run_block(block: nn.Module, states: torch.Tensor, call: Call) -> torch.Tensor:
-    """Hidden state [B, T, C] through the block."""
+def run_block(block: nn.Module, states: torch.Tensor, call: Call, *, sinks: int = 0) -> torch.Tensor:
+    """Hidden state [B, T, C] of whole windows through the block; the first `sinks` tokens of each are announced (`lowbit.sinks`)."""
+    announce(leading(*states.shape[:2], sinks, states.device))
     out = block(states, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out

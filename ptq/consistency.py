@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from lowbit.hadamard import largest_block
 from lowbit.modules import ActivationQuantizer, Linear, Norm
 from torch import nn
 
@@ -58,6 +59,7 @@ def _check_linear(linear: Linear) -> None:
         _check_positive("weight_scale", linear.weight_scale)
     if linear.sparse is not None:
         linear.kept()  # decoding checks mask and indices against the entries
+    _check_rotation(linear.rotation, linear.in_features)
     _check_quantizer("input grid", linear.input_quantizer, linear.in_features)
     _check_quantizer("output grid", linear.output_quantizer, linear.out_features)
 
@@ -65,18 +67,25 @@ def _check_linear(linear: Linear) -> None:
 def _check_norm(norm: Norm) -> None:
     if norm.permutation is not None:
         check_permutation(norm.permutation.long(), norm.permutation.numel())
+    _check_rotation(norm.rotation, norm.channels)
     _check_quantizer("grid", norm.quantizer, norm.channels)
 
 
 def _check_quantizer(what: str, quantizer: ActivationQuantizer | None, channels: int) -> None:
-    if quantizer is None or quantizer.mode != "static":
+    if quantizer is None or quantizer.mode not in ("static", "tile"):
         return
     check_sizes(quantizer.sizes.long(), channels)
-    _check_positive(f"{what}: scale", quantizer.scale)
-    _check_finite(f"{what}: zero", quantizer.zero)
+    if quantizer.mode == "static":
+        _check_positive(f"{what}: scale", quantizer.scale)
+        _check_finite(f"{what}: zero", quantizer.zero)
     odd = sorted(set(quantizer.bits.tolist()) - set(WIDTHS))
     if odd:
         raise ValueError(f"{what}: {odd[0]} bits")
+
+
+def _check_rotation(block: int, channels: int) -> None:
+    if block < 1 or channels % block or largest_block(block) != block:
+        raise ValueError(f"a rotation of blocks of {block} does not fit {channels} channels")
 
 
 def _check_positive(what: str, t: torch.Tensor) -> None:

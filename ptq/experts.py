@@ -48,7 +48,8 @@ def down_hessian(own: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def check_recipe(spec: Spec, recipe: Recipe) -> None:
     """UnsupportedModel for a recipe that would permute or quantize the activations of a family with experts."""
-    if spec.experts is None or not (recipe.reorder or recipe.smooth is not None or quantizes_activations(recipe)):
+    moves = recipe.reorder or recipe.clusters.rotate or recipe.smooth is not None
+    if spec.experts is None or not (moves or quantizes_activations(recipe)):
         return
     raise UnsupportedModel(
         f"{spec.model_type} has experts: what works is ptq prune, and ptq quantize --method gptq or rtn with --wbits alone; "

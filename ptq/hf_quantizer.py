@@ -7,6 +7,7 @@ from typing import Any
 import lowbit
 import torch
 from lowbit.experts import Experts
+from lowbit.sinks import attach as spare_sinks
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -71,6 +72,9 @@ class PtqQuantizer(HfQuantizer):
                 module.skip_zeros_()
         if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != _attention_name():
             model.set_attn_implementation(_attention_name())
+        sinks = max((m.sinks for m in model.modules() if isinstance(m, lowbit.ActivationQuantizer)), default=0)
+        if sinks:
+            spare_sinks(model.get_submodule(spec_of(model.config).blocks.rpartition(".")[0]), sinks)
         from lowbit.cache import attach_packed_cache
 
         from ptq.kv import packed_kv_grids

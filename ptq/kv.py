@@ -33,6 +33,7 @@ def packed_kv_grids(model: nn.Module, spec: Spec, bits: int) -> list[KVGrid] | N
                 bits=bits,
                 rotary=spec.rotary,
                 rotary_dim=geometry.rotary_dim,
+                sinks=k.sinks,
             )
         )
     return grids

@@ -13,9 +13,10 @@ from ptq.architectures import FusedQKV, Geometry, Spec
 from ptq.errors import UnsupportedModel
 from ptq.recipe import Recipe
 from ptq.reorder import Orders, input_order
-from ptq.sites import input_sites, output_sites
+from ptq.sites import Statistics, input_sites, output_sites
 
 FULL = 16
+WIDE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -29,72 +30,100 @@ class SiteFact:
     grid: str
     permuted: bool
     note: str | None
+    effective_bits: float
 
 
 def attach(
-    block: nn.Module,
-    spec: Spec,
-    geometry: Geometry,
-    recipe: Recipe,
-    ranges: dict[str, rptq.ChannelRange],
-    orders: Orders,
+    block: nn.Module, spec: Spec, geometry: Geometry, recipe: Recipe, found: Statistics, orders: Orders
 ) -> list[SiteFact]:
-    """Fit the grids (ranges are of the *unpermuted* channels) and attach them; returns one fact a site."""
-    facts = [_attach_input(block, site, recipe, ranges[site.name], orders) for site in input_sites(spec)]
-    return facts + _attach_outputs(block, spec, geometry, recipe, ranges, orders)
+    """Fit the grids and attach them; returns one fact a site.
+
+    found: ranges, and samples where grids are clipped, of the block with `orders` (and rotations) folded in.
+    """
+    facts = [_attach_input(block, site, recipe, found, orders) for site in input_sites(spec)]
+    return facts + _attach_outputs(block, spec, geometry, recipe, found, orders)
 
 
-def _attach_input(block: nn.Module, site, recipe: Recipe, ranges: rptq.ChannelRange, orders: Orders) -> SiteFact:
-    bits = recipe.activations.bits if site.norm is None else recipe.activations.norm_bits
+def _attach_input(block: nn.Module, site, recipe: Recipe, found: Statistics, orders: Orders) -> SiteFact:
+    a = recipe.activations
+    bits = a.bits if site.norm is None else a.norm_bits
     order = input_order(orders, site.name)
-    if order is not None:
-        ranges = ranges.permuted(order.perm)
-    C, kind = ranges.min.numel(), recipe.activations.grid if bits < FULL else "none"
-    clusters = order.sizes.numel() if order is not None else 1
+    C, kind = found.ranges[site.name].min.numel(), a.grid if bits < FULL else "none"
+    sizes = torch.tensor([C]) if order is None else order.sizes
+    widths = cluster_bits(sizes, bits, 0.0 if site.name == "R3" else recipe.clusters.wide or 0.0)
     if bits < FULL:
         if kind == "token":
-            quantizer = ActivationQuantizer("token", token_bits=bits)
+            quantizer = ActivationQuantizer("token", token_bits=bits, sinks=a.sinks)
+        elif kind == "tile":
+            quantizer = ActivationQuantizer.tiles(widths, sizes, sinks=a.sinks)
+        elif kind == "cluster":
+            energy = sum(block.get_submodule(path).weight.float().square().sum(0) for path in site.linears)  # [C]
+            quantizer = _static(_fit(found, site.name, sizes, widths, recipe, energy), a.sinks)
         else:
-            grid = rptq.fit_grid(ranges, order.sizes, bits) if kind == "cluster" else rptq.tensor_grid(ranges, bits)
-            quantizer = _static(grid)
+            quantizer = _static(rptq.tensor_grid(found.ranges[site.name], bits), a.sinks)
         if site.norm is not None:
             block.get_submodule(site.norm).quantizer = quantizer
         else:
             for path in site.linears:
                 block.get_submodule(path).input_quantizer = quantizer
-    ragged = recipe.clusters.tile is not None and site.name == "R3"
+    ragged = recipe.clusters.tile is not None and recipe.clusters.wide is None and site.name == "R3"
     note = "not aligned to tiles: channels stay inside their heads" if ragged else None
-    return SiteFact(site.name, C, clusters, bits, kind, order is not None, note)
+    return SiteFact(
+        site.name, C, sizes.numel(), bits, kind, order is not None, note, _effective_bits(widths, sizes, kind)
+    )
 
 
-def _static(grid: rptq.ActivationGrid) -> ActivationQuantizer:
-    return ActivationQuantizer.static(grid.scale, grid.zero, torch.full_like(grid.scale, grid.bits), grid.sizes)
+def cluster_bits(sizes: torch.Tensor, bits: int, wide: float) -> torch.Tensor:
+    """int64 [G]: `bits`, but at least WIDE_BITS for the last of the clusters, a share `wide` of them and at least one if above 0."""
+    widths = torch.full_like(sizes, bits)
+    last = max(1, round(wide * sizes.numel())) if wide else 0
+    widths[sizes.numel() - last :] = max(bits, WIDE_BITS)
+    return widths
 
 
-def _attach_outputs(block, spec: Spec, geometry: Geometry, recipe: Recipe, ranges, orders: Orders) -> list[SiteFact]:
+def _effective_bits(widths: torch.Tensor, sizes: torch.Tensor, kind: str) -> float:
+    """Bits of a value: its code, and its share of a dynamic grid's scale (16 bits) and zero point (as wide as a code)."""
+    codes = (widths * sizes).sum().item()
+    grids = {"tile": (16 + widths).sum().item(), "token": 16 + widths[0].item()}.get(kind, 0)
+    return (codes + grids) / sizes.sum().item()
+
+
+def _fit(found: Statistics, name: str, sizes, bits, recipe: Recipe, weight=None) -> rptq.ActivationGrid:
+    """The grids of a site's clusters, clipped if the recipe says so."""
+    ranges = found.ranges[name]
+    if recipe.activations.clip:
+        ranges = rptq.clip_ranges(ranges, found.samples[name], sizes, bits, weight=weight)
+    return rptq.fit_grid(ranges, sizes, bits)
+
+
+def _static(grid: rptq.ActivationGrid, sinks: int) -> ActivationQuantizer:
+    return ActivationQuantizer.static(grid.scale, grid.zero, grid.bits, grid.sizes, sinks=sinks)
+
+
+def _attach_outputs(block, spec: Spec, geometry: Geometry, recipe: Recipe, found: Statistics, orders: Orders):
     bits = {"q": recipe.activations.q_bits, "k": recipe.activations.kv_bits, "v": recipe.activations.kv_bits}
     if recipe.method == "group4":
         return _attach_group4(block, spec, geometry, recipe)
     facts, parts = [], {}
     for site in output_sites(spec, geometry):
         order = orders.get({"q": "q", "k": "R2", "v": "R3"}[site.name])
-        fact, grid = _output_grid(site.name, ranges[site.name], order, bits[site.name], recipe, spec)
+        fact, grid = _output_grid(site.name, found, order, bits[site.name], recipe, spec)
         facts.append(fact)
         if grid is not None:
             parts.setdefault(site.module, []).append((site.rows, grid))
     for path, pieces in parts.items():
         module = block.get_submodule(path)
         if path in (spec.head_norms or ()):
-            module.quantizer = _static(pieces[0][1])
+            module.quantizer = _static(pieces[0][1], recipe.activations.sinks)
         else:
-            module.output_quantizer = _by_rows(module.out_features, pieces)
+            module.output_quantizer = _by_rows(module.out_features, pieces, recipe.activations.sinks)
     return facts
 
 
-def _output_grid(name: str, ranges: rptq.ChannelRange, order, bits: int, recipe: Recipe, spec: Spec):
-    """(fact, grid or None) of q, k or v. Under rotary embeddings q and k are not permuted: one grid a channel."""
-    note = None
-    if recipe.reorder and order is None:
+def _output_grid(name: str, found: Statistics, order, bits: int, recipe: Recipe, spec: Spec):
+    """(fact, grid or None) of q, k or v: one grid a channel under rotary embeddings, where q and k stay, and in sorted tiles."""
+    C, note = found.ranges[name].min.numel(), None
+    if recipe.reorder and order is None and recipe.clusters.wide is None:
         why = "rotary embeddings" if spec.rotary else "head norms"
         note = (
             f"not permuted ({why}): one static grid a channel, before the rotation"
@@ -103,19 +132,20 @@ def _output_grid(name: str, ranges: rptq.ChannelRange, order, bits: int, recipe:
         )
     if bits >= FULL:
         clusters = order.sizes.numel() if order is not None else 1
-        return SiteFact(name, ranges.min.numel(), clusters, FULL, "none", order is not None, note), None
-    if recipe.activations.grid != "cluster":
-        grid, kind = rptq.tensor_grid(ranges, bits), "tensor"
-        if recipe.activations.grid == "token":
-            note = "static per tensor: the packed cache holds no scale per token"
-    elif order is None:
-        grid, kind = rptq.channel_grid(ranges, bits), "channel"
+        return SiteFact(name, C, clusters, FULL, "none", order is not None, note, FULL), None
+    each = torch.ones(C, dtype=torch.int64, device=found.ranges[name].min.device)
+    if recipe.activations.grid == "token":
+        note = "one static grid a channel: the packed cache holds no scale per token"
+    if recipe.activations.grid == "tensor":
+        grid, kind = rptq.tensor_grid(found.ranges[name], bits), "tensor"
+    elif order is None or recipe.clusters.wide is not None:
+        grid, kind = _fit(found, name, each, bits, recipe), "channel"
     else:
-        grid, kind = rptq.fit_grid(ranges.permuted(order.perm), order.sizes, bits), "cluster"
-    return SiteFact(name, ranges.min.numel(), grid.scale.numel(), bits, kind, order is not None, note), grid
+        grid, kind = _fit(found, name, order.sizes, bits, recipe), "cluster"
+    return SiteFact(name, C, grid.scale.numel(), bits, kind, order is not None, note, bits), grid
 
 
-def _by_rows(R: int, pieces: list[tuple[torch.Tensor, rptq.ActivationGrid]]) -> ActivationQuantizer:
+def _by_rows(R: int, pieces: list[tuple[torch.Tensor, rptq.ActivationGrid]], sinks: int) -> ActivationQuantizer:
     """One quantizer over R output channels from grids on subsets of them; channels on no grid stay as they are."""
     device = pieces[0][1].scale.device
     scale, zero, bits = (
@@ -127,20 +157,29 @@ def _by_rows(R: int, pieces: list[tuple[torch.Tensor, rptq.ActivationGrid]]) -> 
         rows = rows.to(device)
         scale[rows] = grid.scale.repeat_interleave(grid.sizes)  # [G] -> [C]
         zero[rows] = grid.zero.repeat_interleave(grid.sizes)  # [G] -> [C]
-        bits[rows] = grid.bits
+        bits[rows] = grid.bits.repeat_interleave(grid.sizes).to(bits)  # [G] -> [C]
     channel = torch.stack((scale, zero, bits.float()), 1)  # [R, 3]
     runs, sizes = torch.unique_consecutive(channel, dim=0, return_counts=True)  # [G, 3], [G]
-    return ActivationQuantizer.static(runs[:, 0].clone(), runs[:, 1].clone(), runs[:, 2], sizes)
+    return ActivationQuantizer.static(runs[:, 0].clone(), runs[:, 1].clone(), runs[:, 2], sizes, sinks=sinks)
 
 
 def _attach_group4(block: nn.Module, spec: Spec, geometry: Geometry, recipe: Recipe) -> list[SiteFact]:
     """FlexGen's codec on keys and values: groups of 64 channels of each token, dynamic."""
     bits = recipe.activations.kv_bits
-    facts = [SiteFact("q", geometry.heads * geometry.head_dim, 1, FULL, "none", False, None)]
+    facts = [SiteFact("q", geometry.heads * geometry.head_dim, 1, FULL, "none", False, None, FULL)]
     for site in output_sites(spec, geometry)[1:]:
         C = geometry.kv_heads * geometry.head_dim
         facts.append(
-            SiteFact(site.name, C, -(-C // 64), bits, "token" if bits < FULL else "none", False, "groups of 64")
+            SiteFact(
+                site.name,
+                C,
+                -(-C // 64),
+                bits,
+                "token" if bits < FULL else "none",
+                False,
+                "groups of 64",
+                bits + 32 / 64 if bits < FULL else FULL,
+            )
         )
         if bits < FULL and (isinstance(spec.qkv, FusedQKV) or geometry.head_dim % 64):
             raise UnsupportedModel(

@@ -24,7 +24,7 @@ KV_BITS = (2, 3, 4, 8, 16)
 WEIGHT_SOLVERS = ("gptq", "rtn", "group4")
 ALLOCATIONS = ("uniform", "owl", "error")
 STORAGES = ("dense", "packed")
-ACTIVATION_GRIDS = ("cluster", "tensor", "token")
+ACTIVATION_GRIDS = ("cluster", "tile", "tensor", "token")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Weights:
 
     `groups`: "auto" (the input's clusters, wide ones cut: see `ptq.weights.group_sizes`), "cluster" (the clusters, as in the paper),
     "channel" (one grid a row) or a group size. `solver`: "gptq", "rtn" (round to nearest) or "group4" (FlexGen's codec).
+    `clip`: let gptq's grids leave out the ends of their ranges where that lowers the error. `descend`: turns of coordinate descent
+    that each code takes after gptq's sweep.
     `asymmetric`: how far the solver aims, from 0 to 1, at what full precision makes of its own inputs, and not of the compressed
     model's: see `sparsegpt.asymmetric_target`. Needs true_sequential, and a second forward in full precision; leaves experts out.
     """
@@ -42,6 +44,8 @@ class Weights:
     solver: str = "gptq"
     damp: float = 0.01
     act_order: bool = True
+    clip: bool = False
+    descend: int = 0
     asymmetric: float = 0.0
 
 
@@ -50,8 +54,10 @@ class Activations:
     """Bits per site; 16 leaves the site in full precision.
 
     `bits` inputs of the output and down projections, `norm_bits` norm outputs, `q_bits` queries, `kv_bits` keys and values
-    (and so the cache), `softmax_bits` attention probabilities. `grid` is "cluster" (static, the method), "tensor" (static) or
-    "token" (dynamic).
+    (and so the cache), `softmax_bits` attention probabilities. `grid` of the linears' inputs is "cluster" (static, the method),
+    "tile" (each token's own in each cluster), "tensor" (static) or "token" (each token's own). `clip` narrows static grids where
+    that lowers the squared error on calibration tokens. `sinks`: so many tokens of a sequence, the first, keep full precision in
+    every site and in the cache, and ranges leave them out.
     """
 
     bits: int = 16
@@ -60,11 +66,18 @@ class Activations:
     kv_bits: int = 16
     softmax_bits: int = 16
     grid: str = "cluster"
+    clip: bool = False
+    sinks: int = 0
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Cluster counts at the sites R1..R5 (R2 and R3: per head). `tile` puts boundaries on whole tiles of so many channels."""
+    """Cluster counts at the sites R1..R5 (R2 and R3: per head). `tile` puts boundaries on whole tiles of so many channels.
+
+    `wide`: sort the channels by magnitude, make every tile a cluster whatever the counts say, and give this share of the tiles, the
+    widest, 8 bits, at least one of them if it is above 0 (none at R3). Keys, values and queries have a grid a channel then.
+    `rotate`: turn the channels of each cluster by a Hadamard matrix, without reordering all channels by one.
+    """
 
     R1: int = 32
     R2: int = 4
@@ -72,6 +85,8 @@ class Clusters:
     R4: int = 32
     R5: int = 32
     tile: int | None = None
+    wide: float | None = None
+    rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,7 @@ def _bits(w: int, norm: int, q: int, kv: int, inputs: int, softmax: int) -> dict
 
 
 # The paper's settings, spelled out per site: W4A4 keeps norm outputs and softmax at 8 bits; "KV" settings touch only keys and values.
+# W4A4KV4 is what later papers mean by it: the input of every linear, norm outputs too.
 PRESETS: dict[str, dict[str, dict[str, int]]] = {
     "W4A16": _bits(w=4, norm=16, q=16, kv=16, inputs=16, softmax=16),
     "W4A8": _bits(w=4, norm=8, q=8, kv=8, inputs=8, softmax=8),
@@ -148,10 +164,17 @@ PRESETS: dict[str, dict[str, dict[str, int]]] = {
     "W4A4KV": _bits(w=4, norm=16, q=16, kv=4, inputs=16, softmax=16),
     "W4A3KV": _bits(w=4, norm=16, q=16, kv=3, inputs=16, softmax=16),
     "W3A3KV": _bits(w=3, norm=16, q=16, kv=3, inputs=16, softmax=16),
+    "W4A4KV4": _bits(w=4, norm=4, q=16, kv=4, inputs=4, softmax=16),
 }
 
 METHODS: dict[str, dict[str, Any]] = {
     "rptq": {},
+    "rptq+": {
+        "true_sequential": True,
+        "weights": {"asymmetric": 0.5, "clip": True, "descend": 3},
+        "activations": {"grid": "tile", "clip": True, "sinks": 1},
+        "clusters": {"tile": 64, "wide": 0.125, "rotate": True},
+    },
     "rtn": {"reorder": False, "weights": {"solver": "rtn", "groups": "channel"}, "activations": {"grid": "tensor"}},
     "gptq": {"reorder": False, "weights": {"solver": "gptq", "groups": "channel"}, "activations": {"grid": "tensor"}},
     "smoothquant": {
@@ -159,6 +182,21 @@ METHODS: dict[str, dict[str, Any]] = {
         "smooth": 0.5,
         "weights": {"solver": "rtn", "groups": "channel"},
         "activations": {"grid": "tensor"},
+    },
+    "peg": {
+        "weights": {"solver": "rtn"},
+        "activations": {"grid": "cluster"},
+        "clusters": {"tile": 64, "wide": 0},
+    },
+    "atom": {
+        "activations": {"grid": "tile"},
+        "clusters": {"tile": 64, "wide": 0.125},
+    },
+    "quarot": {
+        "reorder": False,
+        "weights": {"solver": "gptq", "groups": 64},
+        "activations": {"grid": "token"},
+        "clusters": {"rotate": True},
     },
     "group4": {"reorder": False, "weights": {"solver": "group4"}, "activations": {"grid": "token"}},
 }
@@ -183,10 +221,16 @@ PRUNING_METHODS: dict[str, dict[str, Any]] = {
 }
 
 METHOD_NOTES = {
-    "rptq": "reorder channels into clusters, one static grid a cluster, GPTQ weights (the method)",
+    "rptq": "reorder channels into clusters, one static grid a cluster, GPTQ weights (the paper's method)",
+    "rptq+": "sort channels into tiles, a Hadamard matrix in each, the widest tile at 8 bits, first token spared, GPTQ weights that "
+    "aim at full precision's outputs; grids a token and tile, or static with --act-grid cluster",
     "rtn": "round to nearest: weights per output channel, activations per tensor (or --act-grid token)",
     "gptq": "GPTQ weights per output channel, activations per tensor (or --act-grid token)",
     "smoothquant": "SmoothQuant, alpha 0.5, round-to-nearest weights, activations per tensor (or --act-grid token)",
+    "peg": "sorted channels in equal groups, a static grid each (PEG, arXiv 2109.12948), round-to-nearest weights",
+    "atom": "sorted channels in tiles, the widest at 8 bits, grids a token and tile (after Atom, arXiv 2310.19102), GPTQ weights",
+    "quarot": "a Hadamard matrix over all channels before each linear (after QuaRot, arXiv 2404.00456), grids a token, GPTQ weights "
+    "in groups of 64",
     "group4": "FlexGen's codec: 4 bits in groups of 64 for weights and, with --kv-bits 4, for keys and values",
     "sparsegpt": "SparseGPT's sweep toward full precision's outputs, then conjugate gradients on the kept weights",
     "admm": "the same, mask and weights by a short ADMM from SparseGPT's result",
@@ -267,6 +311,7 @@ def check(recipe: Recipe) -> Recipe:
         _at_least(getattr(c, name), 1, f"clusters.{name}")
     if c.tile is not None:
         _one_of(c.tile, (32, 64, 128), "clusters.tile")
+    _check_tiles(recipe)
     for name in ("nsamples", "seqlen"):
         _at_least(getattr(cal, name), 1, f"calibration.{name}")
     _one_of(cal.mode, ("random", "first"), "calibration.mode")
@@ -284,6 +329,7 @@ def check(recipe: Recipe) -> Recipe:
         raise BadInput(
             f"activations.q_bits: method group4 leaves queries at 16 bits, not {a.q_bits}; add --set activations.q_bits=16"
         )
+    _at_least(w.descend, 0, "weights.descend")
     _share(w.damp, "weights.damp")
     if w.damp in (0, 1):
         raise BadInput(f"weights.damp: {w.damp!r} must lie inside 0 and 1, for instance 0.01")
@@ -292,6 +338,9 @@ def check(recipe: Recipe) -> Recipe:
     _at_least(recipe.seed, 0, "seed")
     switches = {
         "reorder": recipe.reorder,
+        "clusters.rotate": c.rotate,
+        "activations.clip": a.clip,
+        "weights.clip": w.clip,
         "true_sequential": recipe.true_sequential,
         "pruning.preserve": recipe.pruning.preserve,
         "weights.act_order": w.act_order,
@@ -305,6 +354,18 @@ def check(recipe: Recipe) -> Recipe:
         if not isinstance(value, str):
             raise BadInput(f"{where}: {value!r} is not text; put it in quotes")
     return recipe
+
+
+def _check_tiles(recipe: Recipe) -> None:
+    a, c = recipe.activations, recipe.clusters
+    _at_least(a.sinks, 0, "activations.sinks")
+    if c.wide is not None:
+        _share(c.wide, "clusters.wide")
+        if c.tile is None:
+            raise BadInput("clusters.wide: is a share of tiles; set clusters.tile to 64, for instance")
+    if c.wide is None and ((c.rotate and recipe.reorder) or a.grid == "tile"):
+        what = "clusters.rotate" if c.rotate else "activations.grid: tile"
+        raise BadInput(f"{what}: needs sorted tiles; use --method rptq+, or set clusters.tile and clusters.wide")
 
 
 def _check_pruning(recipe: Recipe) -> None:
@@ -390,6 +451,8 @@ def _check_unordered(recipe: Recipe) -> None:
         raise BadInput(f"activations.grid: method {recipe.method} makes no clusters; use --act-grid tensor or token")
     if w.groups == "cluster" and w.bits < 16:
         raise BadInput(f"weights.groups: method {recipe.method} makes no clusters; use --groups channel or a size")
+    if a.grid == "tile" or recipe.clusters.wide is not None or a.clip:
+        raise BadInput(f"clusters: method {recipe.method} makes none, so no tiles and no clipping; use --method rptq+")
     if recipe.clusters.tile is not None:
         raise BadInput(f"clusters.tile: method {recipe.method} makes no clusters; leave --tile out")
 

@@ -4,11 +4,18 @@ R1, R4   norm's output gathered, consumers' columns permuted
 R2       rows of q and k, head by head; never under rotary embeddings or head norms
 R3       rows of v, columns of the output projection, one order per KV head shared by its query heads
 R5       rows of up (and gate), columns of down
+
+With `clusters.wide` every tile of the sorted channels is a cluster, R2 is not used (keys and values have a grid a channel), and with
+`clusters.rotate` each cluster's channels are then turned by a Hadamard matrix: in the weights at R3, in the norm at R1 and R4, before
+the down projection at R5.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+from lowbit.hadamard import largest_block, rotate
 from lowbit.modules import Linear, Norm
 from torch import nn
 
@@ -28,6 +35,15 @@ def input_order(orders: Orders, site: str) -> rptq.Order | None:
     return orders.get("o" if site == "R3" else site)
 
 
+def folded_ranges(ranges: dict[str, rptq.ChannelRange], orders: Orders) -> dict[str, rptq.ChannelRange]:
+    """The ranges of every site once `orders` are folded in."""
+    folded = {}
+    for name, found in ranges.items():
+        order = orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(name, name))
+        folded[name] = found if order is None else found.permuted(order.perm)
+    return folded
+
+
 def plan_orders(
     ranges: dict[str, rptq.ChannelRange], recipe: Recipe, spec: Spec, geometry: Geometry, where: str
 ) -> Orders:
@@ -45,11 +61,11 @@ def plan_orders(
             if site.name != "R3":
                 orders[site.name] = _site_order(ranges[site.name], site, recipe)
         v_and_o = rptq.joint_features(ranges["v"], rptq.merge_query_groups(ranges["R3"], **groups))
-        orders["R3"] = _head_order(v_and_o, geometry, recipe.clusters.R3, recipe.seed)
+        orders["R3"] = _head_order(v_and_o, geometry, recipe.clusters.R3, recipe)
         orders["o"] = rptq.expand_to_query_groups(orders["R3"], **groups)
-        if spec.rotary is None and spec.head_norms is None:
+        if spec.rotary is None and spec.head_norms is None and recipe.clusters.wide is None:
             q_and_k = rptq.joint_features(rptq.merge_query_groups(ranges["q"], **groups), ranges["k"])
-            orders["R2"] = _head_order(q_and_k, geometry, recipe.clusters.R2, recipe.seed)
+            orders["R2"] = _head_order(q_and_k, geometry, recipe.clusters.R2, recipe)
             orders["q"] = rptq.expand_to_query_groups(orders["R2"], **groups)
     except ValueError as err:
         raise BadInput(f"{where}: {err}; lower the count with --set clusters.R1=N (R1 to R5)") from err
@@ -58,15 +74,22 @@ def plan_orders(
 
 def _site_order(ranges: rptq.ChannelRange, site: InputSite, recipe: Recipe) -> rptq.Order:
     n_clusters, tile = getattr(recipe.clusters, site.name), recipe.clusters.tile
+    if recipe.clusters.wide is not None:
+        return rptq.sorted_tiles(ranges, tile)
     if tile is None:
         return rptq.kmeans_order(rptq.range_features(ranges), n_clusters, seed=recipe.seed)
     bits = recipe.activations.bits if site.norm is None else recipe.activations.norm_bits
     return rptq.tile_aligned_order(ranges, n_clusters, tile, bits=bits)
 
 
-def _head_order(features: torch.Tensor, geometry: Geometry, n_clusters: int, seed: int) -> rptq.Order:
+def _head_order(features: torch.Tensor, geometry: Geometry, n_clusters: int, recipe: Recipe) -> rptq.Order:
     by_head = features.view(geometry.kv_heads, geometry.head_dim, -1)  # [H D, F] -> [H, D, F]
-    return rptq.per_head_order(by_head, n_clusters, seed=seed)
+    if recipe.clusters.wide is None:
+        return rptq.per_head_order(by_head, n_clusters, seed=recipe.seed)
+    width = by_head.abs().amax(-1)  # [H, D]
+    heads = [rptq.sorted_tiles(rptq.ChannelRange(-w, w), recipe.clusters.tile) for w in width]
+    perm = torch.cat([order.perm + h * geometry.head_dim for h, order in enumerate(heads)])  # H x [D] -> [H D]
+    return rptq.Order(perm, torch.cat([order.sizes for order in heads]))
 
 
 def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> None:
@@ -85,6 +108,41 @@ def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders
     if "R2" in orders:
         _permute_rows(block.get_submodule(q[0]), q[1], orders["q"].perm)
         _permute_rows(block.get_submodule(k[0]), k[1], orders["R2"].perm)
+
+
+def fold_rotations(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> None:
+    """Turn every input by a block Hadamard transform inside its clusters, in place; the block's function stays the same.
+
+    (x H)(W H)^T = x W^T for the orthogonal H of `lowbit.hadamard`. What turns x: at R1 and R4 the norm, at R5 the down projection, at
+    R3 the value projection's rows, since attention mixes tokens and not channels. Without clusters all channels are turned together,
+    as in QuaRot (arXiv 2404.00456); the output projection then does so itself, across heads.
+    """
+    for site in input_sites(spec):
+        order = input_order(orders, site.name)
+        linears = [block.get_submodule(path) for path in site.linears]
+        block_size = largest_block(linears[0].in_features if order is None else math.gcd(*order.sizes.tolist()))
+        for linear in linears:
+            linear.weight = rotate(linear.weight, block_size)
+        norm = norm_of(block, site)
+        if norm is not None:
+            norm.rotation = block_size
+        elif site.name == "R3" and geometry.head_dim % block_size == 0:
+            path, rows = qkv_rows(spec, geometry)[2]
+            _rotate_rows(block.get_submodule(path), rows, block_size)
+        else:
+            for linear in linears:
+                linear.rotation = block_size
+
+
+def _rotate_rows(linear: Linear, rows: torch.Tensor, block_size: int) -> None:
+    rows = rows.to(linear.weight.device)
+    weight = linear.weight.clone()
+    weight[rows] = rotate(weight[rows].T, block_size).T  # [r, C] -> [C, r] -> [r, C]
+    linear.weight = weight
+    if linear.bias is not None:
+        bias = linear.bias.clone()
+        bias[rows] = rotate(bias[rows], block_size)
+        linear.bias = bias
 
 
 def _permute_input(block: nn.Module, site: InputSite, perm: torch.Tensor) -> None:

@@ -72,6 +72,8 @@ def build_report(
         "coverage": _coverage(model, compressed, modules),
         "bits": {
             "weights_effective": _effective_bits(modules, records),
+            "activations_effective": _activation_bits(sites),
+            "sinks": recipe.activations.sinks,
             "kv_bits_effective": _kv_bits(recipe, checkpoint.config, spec),
             "softmax": recipe.activations.softmax_bits if spec.attention_interface else 16,
         },
@@ -113,6 +115,13 @@ def _effective_bits(modules: list[dict[str, Any]], records: list[dict[str, Any]]
         32 * s["channels"] for r in records for s in r["sites"] if s["site"] in ("R1", "R4") and s["permuted"]
     )
     return (stored + permutations) / weights
+
+
+def _activation_bits(sites: list[dict[str, Any]]) -> float | None:
+    """Bits a value that enters a linear: its code, and its share of a dynamic grid's scale and zero point."""
+    inputs = [site for site in sites if site["site"] in ("R1", "R3", "R4", "R5")]
+    channels = sum(site["channels"] for site in inputs)
+    return sum(site["channels"] * site["effective_bits"] for site in inputs) / channels if channels else None
 
 
 def _kv_bits(recipe: Recipe, config: Any, spec: Spec) -> float | None:

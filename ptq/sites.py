@@ -7,11 +7,12 @@ are RPTQ's (arXiv 2304.01089, section 3.4); HOUSE words: a site is a place where
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from lowbit.experts import ROLES
 from lowbit.modules import Linear, Norm
+from lowbit.sinks import sink_rows
 from torch import nn
 
 import rptq
@@ -20,6 +21,7 @@ from ptq.architectures import Geometry, Spec, has_experts
 from ptq.architectures.geometry import qkv_rows
 from ptq.errors import NumericalFailure
 from ptq.gram import Gram
+from ptq.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ def output_sites(spec: Spec, geometry: Geometry) -> tuple[OutputSite, ...]:
 
 @dataclass
 class Statistics:
-    """What one pass over a block measured: channel ranges by site name, H = sum x x^T (float32 [C, C]) by input site."""
+    """What one pass over a block measured, by site name: channel ranges, some of the tokens (float32 [S, C]), and of input sites
+    H = sum x x^T (float32 [C, C])."""
 
     ranges: dict[str, rptq.ChannelRange]
     H: dict[str, torch.Tensor]
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _LastInput(Exception):
@@ -110,11 +114,14 @@ def collect(
     ranges: bool,
     hessians: bool,
     where: str,
+    sinks: int = 0,
+    every: int | None = None,
 ) -> Statistics:
     """Run `forward` (which calls the block once a micro-batch, each through `until_last_input`) and measure.
 
-    H is taken from inputs as the linears use them: where a linear quantizes its input, the quantized one. Of several processes each
-    runs its own micro-batches; all get what the whole shows.
+    Inputs are measured as the linears use them: rotated and quantized where a linear does so. Of several processes each runs its own
+    micro-batches; all get what the whole shows. With `sinks`, ranges and samples leave out the tokens announced as sinks
+    (`lowbit.sinks`). every: take every so-manieth token into the samples, None for none.
 
     Raises:
         NumericalFailure: NaN or infinite activations, with the block and site.
@@ -123,19 +130,25 @@ def collect(
     grams: dict[str, Gram] = {}
     handles = []
 
+    samples: dict[str, Sample] = {}
+
     def see(name: str, x: torch.Tensor) -> None:
+        if sinks:
+            x = x[~sink_rows(x).squeeze(-1)]  # [..., C] -> [T, C]
         try:
             found.ranges[name] = rptq.update(found.ranges.get(name), x)
         except ValueError as err:
             raise NumericalFailure(f"{where}, site {name}: {err}") from err
+        if every is not None:
+            samples.setdefault(name, Sample(every)).add(x.reshape(-1, x.shape[-1]))  # [..., C] -> [T, C]
 
     def on_input(site: InputSite, linear: Linear):
         def hook(_, args):
-            x = args[0]
+            x = used_input(linear, args[0])
             if ranges:
                 see(site.name, x)
             if hessians:
-                grams[site.name].add(used_input(linear, x))
+                grams[site.name].add(x)
             if site.name == "R5":
                 raise _LastInput
 
@@ -157,11 +170,14 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+    device = linear.weight.device
+    channels = {site.name: block.get_submodule(site.linears[0]).in_features for site in input_sites(spec)}
+    channels |= {site.name: site.rows.numel() for site in output_sites(spec, geometry)}
     if ranges and distributed.size() > 1:
-        channels = {site.name: block.get_submodule(site.linears[0]).in_features for site in input_sites(spec)}
-        channels |= {site.name: site.rows.numel() for site in output_sites(spec, geometry)}
-        device = linear.weight.device
         found.ranges = {name: _of_all(found.ranges.get(name), count, device) for name, count in channels.items()}
+    if ranges and every is not None:
+        for name, count in channels.items():
+            found.samples[name] = samples.pop(name, Sample(every)).take(count, device)
     for name in list(grams):
         found.H[name], _ = grams.pop(name).take()
     return found
@@ -175,9 +191,8 @@ def _of_all(found: rptq.ChannelRange | None, channels: int, device: torch.device
 
 
 def used_input(entry: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """x as the site's linears multiply it: quantized where they quantize their input, which a router never does."""
-    quantizer = entry.input_quantizer if isinstance(entry, Linear) else None
-    return x if quantizer is None else quantizer(x)
+    """x as the site's linears multiply it: rotated and quantized where they do so, which a router never does."""
+    return entry.multiplied(x) if isinstance(entry, Linear) else x
 
 
 def until_last_input(run: Callable[[], object]) -> None:

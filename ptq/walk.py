@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
 from ptq.gram import Drift, Gram
 from ptq.recipe import Recipe, quantizes_activations
+from ptq.sample import every_of
 from ptq.sequential import Forwards, run_again, run_paused
-from ptq.sites import InputSite, block_sites, collect, until_last_input
+from ptq.sites import InputSite, Statistics, block_sites, collect, until_last_input
 from ptq.source import Checkpoint, not_finite
 
 # Bytes of stopped forwards that a true-sequential run may hold; with more calibration tokens it runs up to each site anew.
@@ -81,23 +83,31 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     in_order = recipe.true_sequential or spec.experts is not None
     by_block = weights.wants_hessian(recipe) and not in_order
     # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
-    one_pass = by_block and not quantizes_activations(recipe) and recipe.smooth is None
+    rotates, sinks = recipe.clusters.rotate, recipe.activations.sinks
+    one_pass = by_block and not (quantizes_activations(recipe) or recipe.smooth is not None or rotates)
     needs_ranges = recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not in_order
     ranges, H = {}, {}
     if needs_ranges:
-        found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix)
+        found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix, sinks=sinks)
         ranges, H = found.ranges, found.H
     if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
         ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
     orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
     reorder.fold_orders(block, spec, geometry, orders)
+    folded = Statistics(reorder.folded_ranges(ranges, orders), {})
+    if rotates:
+        reorder.fold_rotations(block, spec, geometry, orders)
+    if rotates or recipe.activations.clip:
+        every = every_of(recipe.calibration.nsamples * recipe.calibration.seqlen)
+        more = {"hessians": False, "where": prefix, "sinks": sinks, "every": every}
+        folded = collect(block, spec, geometry, passes, ranges=True, **more)
     beside = []
     if recipe.weights.asymmetric:  # its channels are in the new order, nothing in it is quantized
         beside = [forwards_of(run, i, copy.deepcopy(block), states[len(compressed) :])]
     sites = []
     if ranges:
         try:
-            sites = quantizers.attach(block, spec, geometry, recipe, ranges, orders)
+            sites = quantizers.attach(block, spec, geometry, recipe, folded, orders)
         except ValueError as err:
             raise NumericalFailure(f"{prefix}: {err}") from err
     set_softmax_bits(block, spec, recipe.activations.softmax_bits)
@@ -132,7 +142,12 @@ def _compress_site(run: Run, i: int, block, site: InputSite, H, orders, prefix: 
 
 def forwards_of(run: Run, i: int, block: nn.Module, states: list[torch.Tensor]) -> Forwards:
     """Calls of `block` as block i on each of `states`."""
-    return Forwards(block, [lambda x=x: run_block(block, x.to(run.device), run.calls[i][x.shape[0]]) for x in states])
+    sinks = run.recipe.activations.sinks
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return run_block(block, x.to(run.device), run.calls[i][x.shape[0]], sinks=sinks)
+
+    return Forwards(block, [partial(forward, x) for x in states])
 
 
 def _solve_in_order(

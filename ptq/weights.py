@@ -157,7 +157,7 @@ def _solve(
         shares = [linear.weight[distributed.share(linear.out_features)] for linear in linears]
         W = torch.cat(shares)  # L x [R, C] -> [sum R, C]
         lowest = lowbit.lowest if distributed.size() == 1 else distributed.lowest
-        kernels = {"sweep": lowbit.sweep, "lowest": lowest, "total": distributed.total}
+        kernels = {"sweep": lowbit.sweep, "lowest": lowest, "total": distributed.total, "clip": recipe.weights.clip}
         # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
         whole = torch.tensor([W.shape[1]], device=W.device)
         order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order and grid else None
@@ -165,12 +165,14 @@ def _solve(
         if drift is not None:
             W = sparsegpt.asymmetric_target(W, drift, factor, strength=recipe.weights.asymmetric)
         if pattern is None:
-            del H
             solution = sparsegpt.solve(W, factor, **grid, **kernels)
         else:
             p = recipe.pruning
             how = {"method": p.method, "refine_steps": p.refine, "parts": [len(part) for part in shares]}
             solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, **kernels)
+        if grid and recipe.weights.descend:
+            how = {"passes": recipe.weights.descend, "total": distributed.total}
+            solution = sparsegpt.descend(W, solution, H, factor, **how)
         solution = _of_all(solution, linears)
     store(linears, solution, sizes, recipe, keep=None if pattern is None else pattern.keep)
     damp, attempts = (None, 0) if factor is None else (factor.damp, len(factor.attempts))

@@ -1,5 +1,6 @@
 """The arithmetic of RPTQ (arXiv 2304.01089): ranges, clusters, permutations and grids. Tensors in, tensors out."""
 
+from rptq.clip import clip_ranges
 from rptq.cluster import kmeans_order, per_head_order
 from rptq.features import joint_features, range_features
 from rptq.fold import permute_columns, permute_rows, rotary_pairs_kept
@@ -8,7 +9,7 @@ from rptq.heads import expand_to_query_groups, merge_query_groups
 from rptq.order import Order, check_permutation, compose, inverse
 from rptq.ranges import ChannelRange, update
 from rptq.smooth import smooth_factors
-from rptq.tiles import pad_to_tiles, padding_cost, tile_aligned_order
+from rptq.tiles import pad_to_tiles, padding_cost, sorted_tiles, tile_aligned_order
 
 __all__ = [
     "ActivationGrid",
@@ -16,6 +17,7 @@ __all__ = [
     "Order",
     "channel_grid",
     "check_permutation",
+    "clip_ranges",
     "compose",
     "expand_to_query_groups",
     "fake_quantize",
@@ -33,6 +35,7 @@ __all__ = [
     "range_features",
     "rotary_pairs_kept",
     "smooth_factors",
+    "sorted_tiles",
     "tensor_grid",
     "tile_aligned_order",
     "update",

@@ -39,6 +39,21 @@ def tile_aligned_order(
     return Order(perm, bounds.clamp(max=channels).diff())
 
 
+def sorted_tiles(ranges: ChannelRange, tile: int) -> Order:
+    """Reorder C channels by their largest magnitude, ascending, and make every tile a cluster.
+
+    The widest channels end up together in the last tiles, where they can have more bits; with a grid for each tile, sorting alone
+    is what boundaries can give. If C is no multiple of tile, the first tile is short.
+    ranges: [C]. ValueError if C is 0 or tile is below 1.
+    """
+    channels = ranges.min.numel()
+    if channels == 0 or tile < 1:
+        raise ValueError(f"{channels} channels, tiles of {tile}: each must be at least 1")
+    perm = torch.maximum(ranges.min.abs(), ranges.max.abs()).argsort(stable=True)
+    sizes = [channels % tile] * (channels % tile > 0) + [tile] * (channels // tile)
+    return Order(perm, torch.tensor(sizes, device=perm.device))
+
+
 def pad_to_tiles(sizes: Tensor, tile: int) -> Tensor:
     """Cluster sizes int64 [G] rounded up to whole tiles, int64 [G]; minus sizes, the pad channels of each cluster.
 

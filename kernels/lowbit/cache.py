@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lowbit.packing import PACKABLE_BITS, pack, packed_length, unpack
+from lowbit.sinks import sink_rows
+from lowbit.spared import Spared
 
 # Where the two members of a rotary pair lie once the rotated channels are unflattened into two dimensions.
 PAIR_DIM = {"half": -2, "interleaved": -1}
@@ -26,7 +28,8 @@ class KVGrid:
 
     key_scale, key_zero, value_scale, value_zero: float32 [H, D], H the KV heads; scales above 0, zeros whole numbers,
     not bounded. rotary: None, "half" (pairs i, i + rotary_dim/2) or "interleaved" (pairs 2i, 2i + 1); rotary_dim: how
-    many leading channels of a key rotate, 0 without rotary.
+    many leading channels of a key rotate, 0 without rotary. sinks: how many tokens of a sequence, the first, are kept in full
+    precision (`lowbit.sinks`, which must then announce them).
 
     Raises:
         ValueError: shapes, bits, rotary or scales that do not fit the above.
@@ -39,6 +42,7 @@ class KVGrid:
     bits: int
     rotary: str | None
     rotary_dim: int
+    sinks: int = 0
 
     def __post_init__(self):
         shapes = [tuple(t.shape) for t in (self.key_scale, self.key_zero, self.value_scale, self.value_zero)]
@@ -114,6 +118,7 @@ class PackedCacheLayer(DynamicLayer):
         super().__init__()
         self.grid = grid
         self.rotation: Rotation | None = None
+        self.spared: Spared | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty, on the device of the first keys [B, H, T, D]."""
@@ -149,6 +154,10 @@ class PackedCacheLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held, new = self.get_seq_length(), key_states.shape[-2]
+        if self.grid.sinks:
+            rows = sink_rows(key_states[:, 0]).squeeze(-1)  # [B, T, 1] -> [B, T]
+            sinks = Spared.of(key_states, value_states, rows, held)
+            self.spared = sinks if self.spared is None else self.spared.append(sinks)
         if self.grid.rotary is not None:
             self._check_rotation(held, new)
             key_states = self._turn_back(key_states.float(), held)
@@ -157,12 +166,37 @@ class PackedCacheLayer(DynamicLayer):
         keys, values = self._decode(self.keys, self._key_grid), self._decode(self.values, self._value_grid)
         if self.grid.rotary is not None:
             keys = rotate(keys, self.rotation.cos, self.rotation.sin, self.grid.rotary)
-        return keys, values
+        return (keys, values) if self.spared is None else self.spared.restore(keys, values)
 
     def reset(self) -> None:
         """Forget every token and the rotation they shared."""
         super().reset()
-        self.rotation = None
+        self.rotation = self.spared = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; the count is negative, as transformers asks."""
+        super().crop(tokens_to_remove)
+        if self.spared is not None:
+            self.spared = self.spared.first(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx` [B] of the batch."""
+        super().reorder_cache(beam_idx)
+        self._transform_spared(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._transform_spared(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        super().batch_select_indices(indices)
+        self._transform_spared(lambda t: t[indices])
+
+    def _transform_spared(self, change) -> None:
+        if self.spared is not None:
+            self.spared = self.spared.of_rows(change)
 
     def _check_rotation(self, held: int, new: int) -> None:
         known = 0 if self.rotation is None else len(self.rotation)
@@ -228,9 +262,10 @@ class PackedCache(Cache):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes held: codes, full-precision layers, and the shared cosines and sines; grids belong to the model."""
+        """Bytes held: codes, full-precision layers, sinks, and the shared cosines and sines; grids belong to the model."""
         pairs = [(layer.keys, layer.values) for layer in self.layers] + [(r.cos, r.sin) for r in self.rotations]
-        return sum(t.numel() * t.element_size() for pair in pairs for t in pair if t is not None)
+        spared = sum(layer.spared.bytes for layer in self.layers if getattr(layer, "spared", None) is not None)
+        return spared + sum(t.numel() * t.element_size() for pair in pairs for t in pair if t is not None)
 
     def reset(self) -> None:
         """Forget every token."""

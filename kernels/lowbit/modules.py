@@ -15,6 +15,7 @@ from lowbit.backend import operation
 from lowbit.group4 import Group4, decompress
 from lowbit.group4 import compress as group4_compress
 from lowbit.packing import pack
+from lowbit.sinks import sink_rows
 from lowbit.sparse import bitmask_encode, index_bytes, nm_encode, slots_per_row
 from lowbit.sparse_linear import SparseTiles, pays, sparse_linear, sparse_tiles
 
@@ -28,40 +29,59 @@ class ActivationQuantizer(nn.Module):
     """Quantizes an activation to its grid and back.
 
     mode "static": one grid a cluster, buffers `scale`, `zero` float32 [G], `bits` uint8 [G], `sizes` int32 [G].
+    mode "tile": each token's own range in each cluster, buffers `bits` and `sizes`.
     mode "token": each token's own range at `token_bits`. mode "group4": FlexGen's codec, groups of 64 channels.
+    sinks: how many tokens of a sequence, the first, stay as they are (`lowbit.sinks`).
     """
 
-    def __init__(self, mode: str, *, clusters: int = 0, token_bits: int = 0):
+    def __init__(self, mode: str, *, clusters: int = 0, token_bits: int = 0, sinks: int = 0):
         super().__init__()
-        self.mode, self.clusters, self.token_bits = mode, clusters, token_bits
+        self.mode, self.clusters, self.token_bits, self.sinks = mode, clusters, token_bits, sinks
         if mode == "static":
             self.register_buffer("scale", torch.ones(clusters, dtype=torch.float32))
             self.register_buffer("zero", torch.zeros(clusters, dtype=torch.float32))
+        if mode in ("static", "tile"):
             self.register_buffer("bits", torch.full((clusters,), 16, dtype=torch.uint8))
             self.register_buffer("sizes", torch.zeros(clusters, dtype=torch.int32))
 
     @classmethod
     def static(
-        cls, scale: torch.Tensor, zero: torch.Tensor, bits: torch.Tensor, sizes: torch.Tensor
+        cls, scale: torch.Tensor, zero: torch.Tensor, bits: torch.Tensor, sizes: torch.Tensor, *, sinks: int = 0
     ) -> ActivationQuantizer:
         """From grids: scale, zero float [G], bits integer [G] (16: untouched), sizes integer [G]."""
-        q = cls("static", clusters=scale.numel())
+        q = cls("static", clusters=scale.numel(), sinks=sinks)
         q.scale, q.zero = scale.float(), zero.float()
         q.bits, q.sizes = bits.to(torch.uint8), sizes.to(torch.int32)
         return q
 
+    @classmethod
+    def tiles(cls, bits: torch.Tensor, sizes: torch.Tensor, *, sinks: int = 0) -> ActivationQuantizer:
+        """Dynamic: bits integer [G] (16: untouched), sizes integer [G]."""
+        q = cls("tile", clusters=bits.numel(), sinks=sinks)
+        q.bits, q.sizes = bits.to(torch.uint8), sizes.to(torch.int32)
+        return q
+
     def spec(self) -> dict[str, Any]:
-        return {"mode": self.mode, "clusters": self.clusters, "token_bits": self.token_bits}
+        return {"mode": self.mode, "clusters": self.clusters, "token_bits": self.token_bits, "sinks": self.sinks}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any] | None) -> ActivationQuantizer | None:
-        return None if spec is None else cls(spec["mode"], clusters=spec["clusters"], token_bits=spec["token_bits"])
+        if spec is None:
+            return None
+        return cls(spec["mode"], clusters=spec["clusters"], token_bits=spec["token_bits"], sinks=spec["sinks"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., C], same dtype."""
+        if not self.sinks:
+            return self._rounded(x)
+        return torch.where(sink_rows(x), x, self._rounded(x))
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "static":
             run = operation("quantize_activation_static", x.device.type)
             return run(x, self.scale, self.zero, self.bits, self.sizes.long())
+        if self.mode == "tile":
+            return operation("quantize_activation_tiles", x.device.type)(x, self.bits, self.sizes.long())
         if self.mode == "token":
             return operation("quantize_activation_dynamic", x.device.type)(x, self.token_bits)
         return decompress(group4_compress(x, dim=-1, group=GROUP4), x.dtype)
@@ -72,11 +92,12 @@ def _spec_of(quantizer: ActivationQuantizer | None) -> dict[str, Any] | None:
 
 
 class Linear(nn.Module):
-    """y = quantize_out(quantize_in(x) W^T + b), weight packed at 2, 3, 4 or 8 bits or kept (bits=16).
+    """y = quantize_out(quantize_in(rotate(x)) W^T + b), weight packed at 2, 3, 4 or 8 bits or kept (bits=16).
 
     Buffers at bits < 16: `weight_packed` uint8 [R, ceil(C bits/8)], `weight_scale` [R, G], `weight_zero` uint8 [R, ceil(G bits/8)],
     `weight_groups` int32 [G]. With codec "group4": `weight_packed`, `weight_scale`, `weight_minimum` of FlexGen's codec along R.
     At 16 bits: `weight` [R, C]. `bias` [R] or None. `input_quantizer` acts on x, `output_quantizer` on y (queries, keys, values).
+    `rotation` is the block of the Hadamard transform of x (`lowbit.hadamard`), 1 for none; the weight's columns are in its basis.
 
     `sparse` says how zeros are left out (lowbit.sparse), None for not at all:
     {"kind": "bitmask", "kept": K}: `weight_mask` uint8 [R, ceil(C/8)], and the K kept entries as `weight_values` [K] at 16 bits, else
@@ -99,9 +120,10 @@ class Linear(nn.Module):
         dtype: torch.dtype | None = None,
         input_quantizer: ActivationQuantizer | None = None,
         output_quantizer: ActivationQuantizer | None = None,
+        rotation: int = 1,
     ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.rotation = in_features, out_features, rotation
         self.bits, self.groups, self.codec, self.scale_dtype, self.sparse = bits, groups, codec, scale_dtype, sparse
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
         self.tiles: SparseTiles | None = None
@@ -149,6 +171,7 @@ class Linear(nn.Module):
             "codec": self.codec,
             "scale_dtype": self.scale_dtype,
             "sparse": self.sparse,
+            "rotation": self.rotation,
             "input": _spec_of(self.input_quantizer),
             "output": _spec_of(self.output_quantizer),
         }
@@ -165,6 +188,7 @@ class Linear(nn.Module):
             codec=spec["codec"],
             scale_dtype=spec["scale_dtype"],
             sparse=spec["sparse"],
+            rotation=spec["rotation"],
             bias=like.bias is not None,
             dtype=like.weight.dtype,
             input_quantizer=ActivationQuantizer.from_spec(spec["input"]),
@@ -297,13 +321,18 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+        x = self.multiplied(x)
         if self._skips_zeros_of(x):
             y = sparse_linear(x, self.tiles, self.bias)
         else:
             y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        """What the weight multiplies of an input x [..., C]: rotated and quantized."""
+        if self.rotation > 1:
+            x = operation("rotate", x.device.type)(x, self.rotation)
+        return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def _skips_zeros_of(self, x: torch.Tensor) -> bool:
         plain = self.bits == 16 and self.sparse is None  # else the whole weight would have to be decoded first
@@ -326,7 +355,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 class Norm(nn.Module):
-    """One module that normalizes, permutes and quantizes: quantize(norm(x)[..., permutation]).
+    """One module that normalizes, permutes, rotates and quantizes: quantize(rotate(norm(x)[..., permutation])).
 
     Buffers: `weight` [C] and `bias` [C] as in the model (in the *unpermuted* order), `permutation` int32 [C] or None.
     """
@@ -342,9 +371,10 @@ class Norm(nn.Module):
         permuted: bool = False,
         dtype: torch.dtype | None = None,
         quantizer: ActivationQuantizer | None = None,
+        rotation: int = 1,
     ):
         super().__init__()
-        self.channels, self.kind, self.eps, self.quantizer = channels, kind, eps, quantizer
+        self.channels, self.kind, self.eps, self.quantizer, self.rotation = channels, kind, eps, quantizer, rotation
         self.register_buffer("weight", torch.zeros(channels, dtype=dtype) if weight else None)
         self.register_buffer("bias", torch.zeros(channels, dtype=dtype) if bias else None)
         self.register_buffer("permutation", torch.zeros(channels, dtype=torch.int32) if permuted else None)
@@ -354,6 +384,7 @@ class Norm(nn.Module):
             "kind": "norm",
             "norm": self.kind,
             "permuted": self.permutation is not None,
+            "rotation": self.rotation,
             "quantizer": _spec_of(self.quantizer),
         }
 
@@ -369,6 +400,7 @@ class Norm(nn.Module):
             weight=weight is not None,
             bias=bias is not None,
             permuted=spec["permuted"],
+            rotation=spec["rotation"],
             dtype=None if weight is None else weight.dtype,
             quantizer=ActivationQuantizer.from_spec(spec["quantizer"]),
         )
@@ -376,7 +408,7 @@ class Norm(nn.Module):
     @classmethod
     def full_precision(cls, like: nn.Module, kind: str) -> Norm:
         """The same function as the model's norm `like`."""
-        new = cls.from_spec({"norm": kind, "permuted": False, "quantizer": None}, like)
+        new = cls.from_spec({"norm": kind, "permuted": False, "rotation": 1, "quantizer": None}, like)
         for name in ("weight", "bias"):
             if getattr(new, name) is not None:
                 setattr(new, name, getattr(like, name).detach())
@@ -385,7 +417,7 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., C], same dtype."""
         run = operation("norm", x.device.type)
-        y = run(x, self.weight, self.bias, self.permutation, kind=self.kind, eps=self.eps)
+        y = run(x, self.weight, self.bias, self.permutation, kind=self.kind, eps=self.eps, rotation=self.rotation)
         return y if self.quantizer is None else self.quantizer(y)
 
     def extra_repr(self) -> str:

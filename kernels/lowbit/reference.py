@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lowbit.hadamard import rotate
 from lowbit.packing import unpack
 from lowbit.sparse import bitmask_decode, nm_decode, slots_per_row
 
@@ -52,6 +53,40 @@ def quantize_activation_dynamic(x: torch.Tensor, bits: int) -> torch.Tensor:
     s = ((high - low) / top).clamp_(min=torch.finfo(torch.float32).tiny)
     z = torch.round(-low / s)
     return torch.round(xf / s).add_(z).clamp_(0, top).sub_(z).mul_(s).to(x.dtype)
+
+
+def quantize_activation_tiles(x: torch.Tensor, bits: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Each token's own asymmetric grid in each tile of channels, the range widened to include zero.
+
+    s = (max - min) / (2^b - 1), held as bfloat16, z = round(-min / s): 16 + b bits a token and tile.
+
+    Args:
+        x: [..., C], any floating dtype.
+        bits: uint8 [G], 2 to 8, or 16 to leave the tile untouched.
+        sizes: int64 [G], channels per tile, sum C.
+
+    Returns:
+        [..., C] in x's dtype.
+    """
+    top = torch.exp2(bits.float()) - 1  # [G]
+    low, high = tile_extremes(x.float(), sizes)  # [..., G]
+    s = ((high - low) / top).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16().float()
+    z = torch.round(-low / s)
+    C = x.shape[-1]
+    s, z, t, b = (v.repeat_interleave(sizes, dim=-1, output_size=C) for v in (s, z, top, bits))  # [..., G] -> [..., C]
+    codes = torch.round(x.float() / s).add_(z)
+    codes = torch.minimum(codes.clamp_(min=0), t)
+    return torch.where(b >= 16, x, codes.sub_(z).mul_(s).to(x.dtype))
+
+
+def tile_extremes(x: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(x, 0) and max(x, 0) over each tile: x [..., C], sizes int64 [G] -> [..., G] each."""
+    width = int(sizes.max())
+    starts = sizes.cumsum(0) - sizes
+    index = starts[:, None] + torch.arange(width, device=x.device)  # [G, n]
+    inside = torch.arange(width, device=x.device) < sizes[:, None]
+    tiles = x[..., index.clamp(max=x.shape[-1] - 1)].where(inside, x.new_zeros(()))  # [..., C] -> [..., G, n]
+    return tiles.amin(-1).clamp_(max=0), tiles.amax(-1).clamp_(min=0)
 
 
 def dequantize_weight(
@@ -184,7 +219,12 @@ def norm(
     *,
     kind: str,
     eps: float,
+    rotation: int,
 ) -> torch.Tensor:
-    """Normalize x [..., C], then gather the channels: y = norm(x)[..., permutation] (RPTQ, section 3.3, R1 and R4)."""
+    """Normalize x [..., C], then gather the channels: y = norm(x)[..., permutation] (RPTQ, section 3.3, R1 and R4).
+
+    rotation: block of the Hadamard transform that follows (`lowbit.hadamard`), 1 for none.
+    """
     y = NORMS[kind](x, weight, bias, eps)
-    return y if permutation is None else y.index_select(-1, permutation)
+    y = y if permutation is None else y.index_select(-1, permutation)
+    return y if rotation == 1 else rotate(y, rotation)

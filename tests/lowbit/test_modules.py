@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lowbit import ActivationQuantizer, Linear, Norm, backend, build, operation, pack, reference, register_backend
+from lowbit.hadamard import rotate
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import nn
@@ -95,6 +96,41 @@ def test_token_grids_of_zeros_and_of_one_sign():
     x = torch.tensor([[3.0, 1.5, 0.0, 2.25]])
     torch.testing.assert_close(quantizer(x)[0, 0], x[0, 0])  # the largest has its own code, zero too
     assert quantizer(x)[0, 2] == 0
+
+
+def test_tile_grids_are_each_token_s_own_in_each_tile():
+    random_x = random(3, 4, 7) * torch.logspace(-2, 2, 7)
+    bits, sizes = torch.tensor([4, 8, 16]), torch.tensor([3, 2, 2])
+    y = ActivationQuantizer.tiles(bits, sizes)(random_x)
+    for row, out in zip(random_x.view(12, 7), y.view(12, 7)):
+        for b, part, got in zip((4, 8), row.split(sizes.tolist()), out.split(sizes.tolist())):
+            low, high = min(part.min().item(), 0), max(part.max().item(), 0)
+            s = torch.tensor((high - low) / (2**b - 1)).bfloat16().item()
+            z = round(-low / s)
+            expected = torch.tensor([(min(max(round(v / s) + z, 0), 2**b - 1) - z) * s for v in part.tolist()])
+            # A half-way value may round either way when float32 divides.
+            assert (got - expected).abs().max() <= 1.01 * s and (got - part).abs().max() <= 1.1 * s
+        assert torch.equal(out[5:], row[5:])
+
+
+def test_tile_grids_of_zeros_and_of_one_sign():
+    quantizer = ActivationQuantizer.tiles(torch.tensor([4, 4]), torch.tensor([2, 3]))
+    assert torch.equal(quantizer(torch.zeros(2, 5)), torch.zeros(2, 5))
+    x = torch.tensor([[0.0, 15.0, -30.0, -2.0, 0.0]])
+    assert quantizer(x).tolist() == [[0.0, 15.0, -30.0, -2.0, 0.0]]  # steps of 1 and 2, which bfloat16 holds
+    assert quantizer(x.bfloat16()).dtype == torch.bfloat16 and quantizer(x[:0]).shape == (0, 5)
+
+
+def test_a_rotated_linear_and_norm_compute_the_same():
+    W, x = random(6, 8, seed=1), random(5, 8, seed=2)
+    linear = Linear(8, 6, bias=False, rotation=4)
+    linear.weight = rotate(W, 4)
+    torch.testing.assert_close(linear(x), x @ W.T)
+    norm = Norm(8, kind="rmsnorm", eps=1e-6, rotation=4)
+    norm.weight = torch.linspace(0.5, 2, 8)
+    plain = Norm(8, kind="rmsnorm", eps=1e-6)
+    plain.weight = norm.weight
+    torch.testing.assert_close(norm(x) @ linear.weight.T, plain(x) @ W.T)
 
 
 def packed_linear(R=5, C=11, bits=3, sizes=(4, 7), **options):

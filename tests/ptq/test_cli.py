@@ -380,7 +380,7 @@ def model_dir(path: Path, *, config: dict, report: dict | None = None) -> Path:
 
 
 def packed_dir(path: Path) -> Path:
-    norm = {"kind": "norm", "norm": "layernorm", "permuted": True, "quantizer": None}
+    norm = {"kind": "norm", "norm": "layernorm", "permuted": True, "rotation": 1, "quantizer": None}
     modules = {"b.0.fc1": MODULE, "b.0.norm": norm, "b.0.fc2": {**MODULE, "bits": 16}}
     quantization = {"quant_method": "ptq", "format_version": 2, "modules": modules}
     report = {

@@ -18,6 +18,7 @@ import ptq
 from ptq.architectures import FAMILIES
 from ptq.blocks import linear_paths
 from ptq.cli import main
+from ptq.hf import FORMAT_VERSION
 
 EXAMPLES = {"gpt2": "transformer.h.0.attn.c_proj", "llama": "model.layers.1.mlp.down_proj"}
 
@@ -103,7 +104,7 @@ def write_packed(path, source, storage):
         specs[name], masks[name] = linear.spec(), linear.kept()
     save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     config = json.loads((source.path / "config.json").read_text())
-    quantization = {"quant_method": "ptq", "format_version": 2, "softmax_bits": 16, "kv_bits": 16, "modules": specs}
+    quantization = {"quant_method": "ptq", "format_version": FORMAT_VERSION, "softmax_bits": 16, "kv_bits": 16, "modules": specs}
     config |= {"model_type": "ptq_llama", "quantization_config": quantization}
     (path / "config.json").write_text(json.dumps(config))
     (path / "report.json").write_text(json.dumps(report_of(masks, storage="packed")))

@@ -20,6 +20,7 @@ def test_presets_are_the_paper_s():
         "W4A4KV": (4, 16, 16, 16, 4, 16),
         "W4A3KV": (4, 16, 16, 16, 3, 16),
         "W3A3KV": (3, 16, 16, 16, 3, 16),
+        "W4A4KV4": (4, 4, 4, 16, 4, 16),  # of later papers: every linear's input
     }
     assert set(PRESETS) == set(expected)
     for name, bits in expected.items():
@@ -40,7 +41,7 @@ def test_later_settings_win():
         ({"preset": "W4A9"}, ["unknown preset 'W4A9'", "did you mean 'W4A"]),
         ({"preset": ["W4A8"]}, ["unknown preset"]),
         ({"method": "rtpq"}, ["unknown method 'rtpq'", "did you mean 'rptq'"]),
-        ({"method": "zzzz"}, ["unknown method 'zzzz'", "known: rptq, rtn, gptq, smoothquant, group4"]),
+        ({"method": "zzzz"}, ["unknown method 'zzzz'", "known: rptq, rptq+, rtn, gptq, smoothquant, peg, atom, quarot, group4"]),
         ({"wieghts": {}}, ["unknown key 'wieghts'", "did you mean 'weights'"]),
         ({"weights": {"bit": 4}}, ["recipe.weights: unknown key 'bit'", "did you mean 'bits'"]),
         ({"weights": 4}, ["recipe.weights: expected a mapping with keys bits", "got 4"]),
@@ -56,7 +57,7 @@ def test_later_settings_win():
         ({"weights": {"act_order": "yes"}}, ["weights.act_order: 'yes' is neither true nor false"]),
         ({"activations": {"kv_bits": 6}}, ["activations.kv_bits: 6 is not one of 2, 3, 4, 8, 16"]),
         ({"activations": {"softmax_bits": 1}}, ["activations.softmax_bits: 1"]),
-        ({"activations": {"grid": "row"}}, ["activations.grid: 'row' is not one of cluster, tensor, token"]),
+        ({"activations": {"grid": "row"}}, ["activations.grid: 'row' is not one of cluster, tile, tensor, token"]),
         ({"clusters": {"R3": 0}}, ["clusters.R3: 0 is not a whole number of at least 1"]),
         ({"clusters": {"tile": 48}}, ["clusters.tile: 48 is not one of 32, 64, 128"]),
         ({"calibration": {"nsamples": 0}}, ["calibration.nsamples: 0"]),
@@ -135,7 +136,16 @@ def test_the_fingerprint_sees_every_field():
 def test_recipes_cannot_change_under_a_run():
     with pytest.raises(dataclasses.FrozenInstanceError):
         build().seed = 1
-    assert to_dict(Recipe())["clusters"] == {"R1": 32, "R2": 4, "R3": 4, "R4": 32, "R5": 32, "tile": None}
+    assert to_dict(Recipe())["clusters"] == {
+        "R1": 32,
+        "R2": 4,
+        "R3": 4,
+        "R4": 32,
+        "R5": 32,
+        "tile": None,
+        "wide": None,
+        "rotate": False,
+    }
 
 
 @pytest.mark.parametrize(

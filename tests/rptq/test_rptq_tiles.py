@@ -9,6 +9,7 @@ from rptq import (
     pad_to_tiles,
     padding_cost,
     quantization_cost,
+    sorted_tiles,
     tensor_grid,
     tile_aligned_order,
 )
@@ -117,3 +118,16 @@ def test_refusals():
         tile_aligned_order(ranges, 1, 0, bits=4)
     with pytest.raises(ValueError, match=r"weight must be \[4\]"):
         tile_aligned_order(ranges, 1, 2, bits=4, weight=torch.tensor([1.0, 1.0, -1.0, 1.0]))
+
+
+@pytest.mark.parametrize("channels, tile, sizes", [(8, 4, [4, 4]), (10, 4, [2, 4, 4]), (3, 4, [3])])
+def test_sorted_tiles_ascend_in_magnitude_and_the_last_is_whole(channels, tile, sizes):
+    ranges = heavy_tailed(channels)
+    order = sorted_tiles(ranges, tile)
+    magnitude = torch.maximum(ranges.min.abs(), ranges.max.abs())[order.perm]
+    assert order.sizes.tolist() == sizes and torch.equal(magnitude, magnitude.sort().values)
+
+
+def test_sorted_tiles_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="0 channels, tiles of 4"):
+        sorted_tiles(ChannelRange(torch.zeros(0), torch.zeros(0)), 4)
