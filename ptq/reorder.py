@@ -24,7 +24,7 @@ from ptq.architectures import Geometry, Spec
 from ptq.architectures.geometry import qkv_rows
 from ptq.errors import BadInput
 from ptq.recipe import Recipe
-from ptq.sites import InputSite, input_sites, norm_of
+from ptq.sites import InputSite, Statistics, input_sites, norm_of
 
 # Keys: R1, R4, R5; R3 and "o", the same order for the KV heads' channels and spelled out for the query heads; R2 and "q" likewise.
 Orders = dict[str, rptq.Order]
@@ -35,12 +35,22 @@ def input_order(orders: Orders, site: str) -> rptq.Order | None:
     return orders.get("o" if site == "R3" else site)
 
 
-def folded_ranges(ranges: dict[str, rptq.ChannelRange], orders: Orders) -> dict[str, rptq.ChannelRange]:
-    """The ranges of every site once `orders` are folded in."""
-    folded = {}
-    for name, found in ranges.items():
+def folded_statistics(found: Statistics, orders: Orders, turned: dict[str, int]) -> Statistics:
+    """The ranges and samples of every site once `orders` and rotations are folded in.
+
+    turned: site -> block of its Hadamard transform; its range is then that of the sample.
+    """
+    folded = Statistics({}, {})
+    for name, ranges in found.ranges.items():
         order = orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(name, name))
-        folded[name] = found if order is None else found.permuted(order.perm)
+        folded.ranges[name] = ranges if order is None else ranges.permuted(order.perm)
+        if name not in found.samples:
+            continue
+        sample = found.samples[name] if order is None else found.samples[name][:, order.perm]
+        if name in turned:
+            sample = rotate(sample, turned[name])
+            folded.ranges[name] = rptq.update(None, sample)
+        folded.samples[name] = sample
     return folded
 
 
@@ -110,28 +120,32 @@ def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders
         _permute_rows(block.get_submodule(k[0]), k[1], orders["R2"].perm)
 
 
-def fold_rotations(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> None:
+def fold_rotations(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> dict[str, int]:
     """Turn every input by a block Hadamard transform inside its clusters, in place; the block's function stays the same.
 
     (x H)(W H)^T = x W^T for the orthogonal H of `lowbit.hadamard`. What turns x: at R1 and R4 the norm, at R5 the down projection, at
     R3 the value projection's rows, since attention mixes tokens and not channels. Without clusters all channels are turned together,
-    as in QuaRot (arXiv 2404.00456); the output projection then does so itself, across heads.
+    as in QuaRot (arXiv 2404.00456); the output projection then does so itself, across heads. Returns site -> block, "v" where values
+    come turned.
     """
+    turned = {}
     for site in input_sites(spec):
         order = input_order(orders, site.name)
         linears = [block.get_submodule(path) for path in site.linears]
         block_size = largest_block(linears[0].in_features if order is None else math.gcd(*order.sizes.tolist()))
         for linear in linears:
             linear.weight = rotate(linear.weight, block_size)
-        norm = norm_of(block, site)
+        norm, turned[site.name] = norm_of(block, site), block_size
         if norm is not None:
             norm.rotation = block_size
         elif site.name == "R3" and geometry.head_dim % block_size == 0:
+            turned["v"] = block_size
             path, rows = qkv_rows(spec, geometry)[2]
             _rotate_rows(block.get_submodule(path), rows, block_size)
         else:
             for linear in linears:
                 linear.rotation = block_size
+    return turned
 
 
 def _rotate_rows(linear: Linear, rows: torch.Tensor, block_size: int) -> None:

@@ -86,21 +86,21 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     rotates, sinks = recipe.clusters.rotate, recipe.activations.sinks
     one_pass = by_block and not (quantizes_activations(recipe) or recipe.smooth is not None or rotates)
     needs_ranges = recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not in_order
-    ranges, H = {}, {}
+    found, ranges, H = Statistics({}, {}), {}, {}
+    every = every_of(recipe.calibration.nsamples * recipe.calibration.seqlen) if recipe.activations.clip else None
+    more = {"where": prefix, "sinks": sinks, "every": every}
     if needs_ranges:
-        found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, where=prefix, sinks=sinks)
+        found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, **more)
         ranges, H = found.ranges, found.H
     if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
         ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
+        found = Statistics(ranges, {})
     orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
     reorder.fold_orders(block, spec, geometry, orders)
-    folded = Statistics(reorder.folded_ranges(ranges, orders), {})
-    if rotates:
-        reorder.fold_rotations(block, spec, geometry, orders)
-    if rotates or recipe.activations.clip:
-        every = every_of(recipe.calibration.nsamples * recipe.calibration.seqlen)
-        more = {"hessians": False, "where": prefix, "sinks": sinks, "every": every}
-        folded = collect(block, spec, geometry, passes, ranges=True, **more)
+    turned = reorder.fold_rotations(block, spec, geometry, orders) if rotates else {}
+    folded = reorder.folded_statistics(found, orders, turned)
+    if not found.samples and (turned or every):  # ranges alone do not tell those of a turned channel
+        folded = collect(block, spec, geometry, passes, ranges=True, hessians=False, **more)
     beside = []
     if recipe.weights.asymmetric:  # its channels are in the new order, nothing in it is quantized
         beside = [forwards_of(run, i, copy.deepcopy(block), states[len(compressed) :])]
