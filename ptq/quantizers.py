@@ -17,6 +17,8 @@ from ptq.sites import Statistics, input_sites, output_sites
 
 FULL = 16
 WIDE_BITS = 8
+# Of queries, keys and values the largest matter more than their share of the squared error: at 4 bits clipping them costs perplexity.
+CLIP_BELOW = 4
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ def _effective_bits(widths: torch.Tensor, sizes: torch.Tensor, kind: str) -> flo
     return (codes + grids) / sizes.sum().item()
 
 
-def _fit(found: Statistics, name: str, sizes, bits, recipe: Recipe, weight=None) -> rptq.ActivationGrid:
-    """The grids of a site's clusters, clipped if the recipe says so."""
+def _fit(found: Statistics, name: str, sizes, bits, recipe: Recipe, weight=None, clip=True) -> rptq.ActivationGrid:
+    """The grids of a site's clusters, clipped if the recipe says so and `clip` does."""
     ranges = found.ranges[name]
-    if recipe.activations.clip:
+    if recipe.activations.clip and clip:
         ranges = rptq.clip_ranges(ranges, found.samples[name], sizes, bits, weight=weight)
     return rptq.fit_grid(ranges, sizes, bits)
 
@@ -139,9 +141,9 @@ def _output_grid(name: str, found: Statistics, order, bits: int, recipe: Recipe,
     if recipe.activations.grid == "tensor":
         grid, kind = rptq.tensor_grid(found.ranges[name], bits), "tensor"
     elif order is None or recipe.clusters.wide is not None:
-        grid, kind = _fit(found, name, each, bits, recipe), "channel"
+        grid, kind = _fit(found, name, each, bits, recipe, clip=bits < CLIP_BELOW), "channel"
     else:
-        grid, kind = _fit(found, name, order.sizes, bits, recipe), "cluster"
+        grid, kind = _fit(found, name, order.sizes, bits, recipe, clip=bits < CLIP_BELOW), "cluster"
     return SiteFact(name, C, grid.scale.numel(), bits, kind, order is not None, note, bits), grid
 
 

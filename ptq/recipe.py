@@ -56,8 +56,8 @@ class Activations:
     `bits` inputs of the output and down projections, `norm_bits` norm outputs, `q_bits` queries, `kv_bits` keys and values
     (and so the cache), `softmax_bits` attention probabilities. `grid` of the linears' inputs is "cluster" (static, the method),
     "tile" (each token's own in each cluster), "tensor" (static) or "token" (each token's own). `clip` narrows static grids where
-    that lowers the squared error on calibration tokens. `sinks`: so many tokens of a sequence, the first, keep full precision in
-    every site and in the cache, and ranges leave them out.
+    that lowers the squared error on calibration tokens, of queries, keys and values only below 4 bits. `sinks`: so many tokens of a
+    sequence, the first, keep full precision in every site and in the cache, and ranges leave them out.
     """
 
     bits: int = 16

@@ -6,8 +6,7 @@ R3       rows of v, columns of the output projection, one order per KV head shar
 R5       rows of up (and gate), columns of down
 
 With `clusters.wide` every tile of the sorted channels is a cluster, R2 is not used (keys and values have a grid a channel), and with
-`clusters.rotate` each cluster's channels are then turned by a Hadamard matrix: in the weights at R3, in the norm at R1 and R4, before
-the down projection at R5.
+`clusters.rotate` each cluster's channels are then turned by a Hadamard matrix, in the norm at R1 and R4, before the linear at R3 and R5.
 """
 
 from __future__ import annotations
@@ -120,13 +119,12 @@ def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders
         _permute_rows(block.get_submodule(k[0]), k[1], orders["R2"].perm)
 
 
-def fold_rotations(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> dict[str, int]:
+def fold_rotations(block: nn.Module, spec: Spec, orders: Orders) -> dict[str, int]:
     """Turn every input by a block Hadamard transform inside its clusters, in place; the block's function stays the same.
 
-    (x H)(W H)^T = x W^T for the orthogonal H of `lowbit.hadamard`. What turns x: at R1 and R4 the norm, at R5 the down projection, at
-    R3 the value projection's rows, since attention mixes tokens and not channels. Without clusters all channels are turned together,
-    as in QuaRot (arXiv 2404.00456); the output projection then does so itself, across heads. Returns site -> block, "v" where values
-    come turned.
+    (x H)(W H)^T = x W^T for the orthogonal H of `lowbit.hadamard`. What turns x: at R1 and R4 the norm, at R3 and R5 the linear. At R3
+    the rows of the value projection could, but values on a grid a channel lose more by it than the output projection gains. Without
+    clusters all channels are turned together, as in QuaRot (arXiv 2404.00456). Returns site -> block.
     """
     turned = {}
     for site in input_sites(spec):
@@ -136,27 +134,9 @@ def fold_rotations(block: nn.Module, spec: Spec, geometry: Geometry, orders: Ord
         for linear in linears:
             linear.weight = rotate(linear.weight, block_size)
         norm, turned[site.name] = norm_of(block, site), block_size
-        if norm is not None:
-            norm.rotation = block_size
-        elif site.name == "R3" and geometry.head_dim % block_size == 0:
-            turned["v"] = block_size
-            path, rows = qkv_rows(spec, geometry)[2]
-            _rotate_rows(block.get_submodule(path), rows, block_size)
-        else:
-            for linear in linears:
-                linear.rotation = block_size
+        for module in linears if norm is None else [norm]:
+            module.rotation = block_size
     return turned
-
-
-def _rotate_rows(linear: Linear, rows: torch.Tensor, block_size: int) -> None:
-    rows = rows.to(linear.weight.device)
-    weight = linear.weight.clone()
-    weight[rows] = rotate(weight[rows].T, block_size).T  # [r, C] -> [C, r] -> [r, C]
-    linear.weight = weight
-    if linear.bias is not None:
-        bias = linear.bias.clone()
-        bias[rows] = rotate(bias[rows], block_size)
-        linear.bias = bias
 
 
 def _permute_input(block: nn.Module, site: InputSite, perm: torch.Tensor) -> None:

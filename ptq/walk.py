@@ -97,7 +97,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         found = Statistics(ranges, {})
     orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
     reorder.fold_orders(block, spec, geometry, orders)
-    turned = reorder.fold_rotations(block, spec, geometry, orders) if rotates else {}
+    turned = reorder.fold_rotations(block, spec, orders) if rotates else {}
     folded = reorder.folded_statistics(found, orders, turned)
     if not found.samples and (turned or every):  # ranges alone do not tell those of a turned channel
         folded = collect(block, spec, geometry, passes, ranges=True, hessians=False, **more)

@@ -36,7 +36,7 @@ def test_sorting_and_rotating_change_nothing(family, opened, model_folder):
     block, recipe = fresh(seen), build(method="rptq+", preset="W4A4KV4", clusters=TILES)
     orders = reorder.plan_orders(ranges_of(seen, block, 0).ranges, recipe, seen.spec, seen.geometry, "block")
     reorder.fold_orders(block, seen.spec, seen.geometry, orders)
-    reorder.fold_rotations(block, seen.spec, seen.geometry, orders)
+    reorder.fold_rotations(block, seen.spec, orders)
     turned = {m.rotation for m in block.modules() if isinstance(m, (Linear, Norm))}
     assert max(turned) >= 8
     out = run_block(block, seen.states, seen.call)
