@@ -74,38 +74,23 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     block = load_block(run.model, spec, i, run.names, run.checkpoint, device=run.device)
     compressed = states[: len(states) // 2] if recipe.weights.asymmetric else states
     forwards = forwards_of(run, i, block, compressed)
-
-    def passes() -> None:
-        for forward in forwards.each:
-            until_last_input(forward)
-
     # Experts are solved one after another, which only the true-sequential walk does.
     in_order = recipe.true_sequential or spec.experts is not None
     by_block = weights.wants_hessian(recipe) and not in_order
-    # Without activation quantizers no linear's input changes between the passes, so one pass gives ranges and H.
-    rotates, sinks = recipe.clusters.rotate, recipe.activations.sinks
+    # Where no linear's input changes between the passes, one pass gives ranges and H.
+    rotates = recipe.clusters.rotate
     one_pass = by_block and not (quantizes_activations(recipe) or recipe.smooth is not None or rotates)
-    needs_ranges = recipe.reorder or quantizes_activations(recipe) or recipe.smooth is not None or not in_order
-    found, ranges, H = Statistics({}, {}), {}, {}
-    every = every_of(recipe.calibration.nsamples * recipe.calibration.seqlen) if recipe.activations.clip else None
-    more = {"where": prefix, "sinks": sinks, "every": every}
-    if needs_ranges:
-        found = collect(block, spec, geometry, passes, ranges=True, hessians=one_pass, **more)
-        ranges, H = found.ranges, found.H
-    if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
-        ranges = reorder.smooth(block, spec, ranges, recipe.smooth)
-        found = Statistics(ranges, {})
-    orders = reorder.plan_orders(ranges, recipe, spec, geometry, prefix)
-    reorder.fold_orders(block, spec, geometry, orders)
-    turned = reorder.fold_rotations(block, spec, orders) if rotates else {}
-    folded = reorder.folded_statistics(found, orders, turned)
-    if not found.samples and (turned or every):  # ranges alone do not tell those of a turned channel
-        folded = collect(block, spec, geometry, passes, ranges=True, hessians=False, **more)
+    moves = recipe.reorder or rotates or recipe.smooth is not None
+    found = Statistics({}, {})
+    if moves or quantizes_activations(recipe) or not in_order:
+        found = _measured(run, forwards, prefix, ranges=True, hessians=one_pass)
+    H = found.H
+    orders, folded = _fold(run, forwards, found, prefix) if moves else ({}, found)
     beside = []
     if recipe.weights.asymmetric:  # its channels are in the new order, nothing in it is quantized
         beside = [forwards_of(run, i, copy.deepcopy(block), states[len(compressed) :])]
     sites = []
-    if ranges:
+    if found.ranges:
         try:
             sites = quantizers.attach(block, spec, geometry, recipe, folded, orders)
         except ValueError as err:
@@ -115,7 +100,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         facts, out = _solve_in_order(run, i, [forwards, *beside], orders, prefix, strategy(block, states))
     else:
         if by_block and not one_pass:
-            H = collect(block, spec, geometry, passes, ranges=False, hessians=True, where=prefix).H
+            H = _measured(run, forwards, prefix, ranges=False, hessians=True).H
         elif by_block:
             for name in H:  # one at a time: two copies of every H would set the peak of memory
                 H[name] = permuted_h(name, H[name], orders)
@@ -130,7 +115,34 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         raise NumericalFailure(
             f"{prefix}: {bad} NaN or infinite values leave the compressed block; use more bits or less sparsity"
         )
-    return Compressed(block, out, ranges, orders, facts, sites)
+    return Compressed(block, out, found.ranges, orders, facts, sites)
+
+
+def _measured(run: Run, forwards: Forwards, prefix: str, *, ranges: bool, hessians: bool) -> Statistics:
+    """One pass over the block as it is now."""
+    a, calibration = run.recipe.activations, run.recipe.calibration
+
+    def passes() -> None:
+        for forward in forwards.each:
+            until_last_input(forward)
+
+    every = every_of(calibration.nsamples * calibration.seqlen) if ranges and a.clip else None
+    where = {"where": prefix, "sinks": a.sinks, "every": every}
+    return collect(forwards.block, run.spec, run.geometry, passes, ranges=ranges, hessians=hessians, **where)
+
+
+def _fold(run: Run, forwards: Forwards, found: Statistics, prefix: str) -> tuple[reorder.Orders, Statistics]:
+    """Smooth, reorder and rotate the block in place; returns the orders, and `found` as it is now. Smoothing changes found.ranges."""
+    recipe, spec, block = run.recipe, run.spec, forwards.block
+    if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
+        found.ranges = reorder.smooth(block, spec, found.ranges, recipe.smooth)
+        found.samples.clear()
+    orders = reorder.plan_orders(found.ranges, recipe, spec, run.geometry, prefix)
+    reorder.fold_orders(block, spec, run.geometry, orders)
+    turned = reorder.fold_rotations(block, spec, orders) if recipe.clusters.rotate else {}
+    if not found.samples and (turned or recipe.activations.clip):  # ranges alone do not tell those of a turned channel
+        return orders, _measured(run, forwards, prefix, ranges=True, hessians=False)
+    return orders, reorder.folded_statistics(found, orders, turned)
 
 
 def _compress_site(run: Run, i: int, block, site: InputSite, H, orders, prefix: str, tokens: int, drift=None):
