@@ -12,12 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import _reproduce as table
 import bench_prune
-import reproduce_sparsegpt as table
 from _published import MODELS, PERPLEXITY
 from peers.column_loop import prune_by_columns
+from reproduce_sparsegpt import TABLE, parse
 
-ROWS = {row.name: row for row in table.ROWS}
+ROWS = {row.name: row for row in TABLE.rows}
 SHARED = {"protocol": "sparsegpt", "calib": "c4", "nsamples": 128, "seqlen": 2048, "windows": None}
 FACTS = {"cpu": "C", "cores": 2, "threads": 1, "python": "3", "torch": "2", "transformers": "5", "ptq": "0"}
 
@@ -95,13 +96,19 @@ def test_the_published_table_is_whole(text):
             assert one["sparsegpt-2:4"] > one["sparsegpt-4:8"] > one["sparsegpt-50"]
 
 
+def published(text, row, model):
+    """As printed, "-" if nothing was."""
+    found = table.printed_lines(TABLE, text, row, [model])
+    return found[0][1] if found else "-"
+
+
 def test_published_numbers_are_found_by_model_row_and_text():
-    assert table.published("wikitext2", "sparsegpt-50", "facebook/opt-125m") == "36.85"
-    assert table.published("c4", "sparsegpt-2:4", "facebook/opt-66b") == "12.25"
-    assert table.published("ptb", "sparsegpt-2:4", "facebook/opt-125m") == "-"
-    assert table.published("wikitext2", "best-50", "facebook/opt-125m") == "-"
-    assert table.published("wikitext2", "full", "opt-125m") == "-"
-    assert table.published("wiki.test.raw@0", "full", "facebook/opt-125m") == "-"
+    assert published("wikitext2", "sparsegpt-50", "facebook/opt-125m") == "36.85"
+    assert published("c4", "sparsegpt-2:4", "facebook/opt-66b") == "12.25"
+    assert published("ptb", "sparsegpt-2:4", "facebook/opt-125m") == "-"
+    assert published("wikitext2", "best-50", "facebook/opt-125m") == "-"
+    assert published("wikitext2", "full", "opt-125m") == "-"
+    assert published("wiki.test.raw@0", "full", "facebook/opt-125m") == "-"
 
 
 def test_only_rows_that_calibrate_have_seeds():
@@ -126,7 +133,7 @@ def test_records_of_other_options_or_other_weights_are_dropped(capsys):
     elsewhere = record("another", a=1.5) | {"weights": "other"}
     good = record(a=1.5)
     records = {table.key(one): one for one in (good, stale, gone, moved, elsewhere)}
-    assert list(table.still_hold(records, "m", "w").values()) == [good, elsewhere]
+    assert list(table.still_hold(TABLE, records, "m", "w").values()) == [good, elsewhere]
     assert capsys.readouterr().err.count("dropped") == 3
 
 
@@ -138,7 +145,7 @@ def test_records_come_back_by_cell_and_only_under_the_same_settings(tmp_path):
     found = table.read_records(path, SHARED)
     assert found == {("m", "sparsegpt-50", 0): rows[0], ("m", "full", None): rows[1]}
     # what comes back from JSON must count as made with the row's options
-    assert table.still_hold(found, "m", "w") == found
+    assert table.still_hold(TABLE, found, "m", "w") == found
     with pytest.raises(table.CannotGoOn, match="nsamples 128, not 64"):
         table.read_records(path, SHARED | {"nsamples": 64})
 
@@ -160,7 +167,7 @@ def test_the_page_sets_the_papers_numbers_below_ours():
         record(opt, seed=1, wikitext2=38.0),
         record("mine", seed=0, wikitext2="eval: exit 4"),
     ]
-    lines = table.page(records, SHARED, "python x").splitlines()
+    lines = table.page(TABLE, records, SHARED, "python x").splitlines()
     rows = {
         cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (x.split("|") for x in lines) if len(cells) > 2
     }
@@ -170,18 +177,18 @@ def test_the_page_sets_the_papers_numbers_below_ours():
     assert "ADMM + PCG 50%" not in rows and "SparseGPT 2:4 (paper)" not in rows
     assert any(line.startswith("n/a: sparsegpt-50 of mine") and "eval: exit 4" in line for line in lines)
     assert not any("not the settings of this table" in line for line in lines)
-    other = table.page(records, SHARED | {"windows": 4}, "python x")
+    other = table.page(TABLE, records, SHARED | {"windows": 4}, "python x")
     assert "not the settings of this table" in other
 
 
 def test_the_arguments_refuse_an_unknown_row_and_two_models_of_one_name(tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
-        table.parse(["--rows", "sparsegpt-51"])
+        parse(["--rows", "sparsegpt-51"])
     assert refused.value.code == 2 and "sparsegpt-50" in capsys.readouterr().err
     for parent in ("a", "b"):
         (tmp_path / parent / "model").mkdir(parents=True)
     with pytest.raises(SystemExit) as refused:
-        table.parse(["--model", str(tmp_path / "a/model"), "--model", str(tmp_path / "b/model")])
+        parse(["--model", str(tmp_path / "a/model"), "--model", str(tmp_path / "b/model")])
     assert refused.value.code == 2 and "two models are called model" in capsys.readouterr().err
 
 
