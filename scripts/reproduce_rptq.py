@@ -37,6 +37,19 @@ HALF = ("--set", "pruning.sparsity=0.5", "--set", "pruning.storage=packed")
 TWO_OF_4 = ("--set", "pruning.keep='2:4'", "--set", "pruning.storage=packed", "--set", "weights.act_order=false")
 
 
+# What each ingredient of rptq+ is worth: the row without it, as told and as set.
+WITHOUT = {
+    "rotate": ("Hadamard", "clusters.rotate=false"),
+    "wide": ("8-bit tiles", "clusters.wide=0"),
+    "sinks": ("spared sinks", "activations.sinks=0"),
+    "clip": ("clipping", "activations.clip=false"),
+    "asymmetric": ("asymmetric targets", "weights.asymmetric=0"),
+    "descend": ("descent on codes", "weights.descend=0"),
+    "narrow": ("narrowed weight grids", "weights.clip=false"),
+    "sequence": ("true sequence", "true_sequential=false", "weights.asymmetric=0"),
+}
+
+
 def quantized(preset, name, title, method, *more):
     """The row of one method under one preset."""
     return Row(f"{preset}-{name}", f"{title} {preset}", ("--method", method, "--preset", preset, *more))
@@ -47,6 +60,22 @@ def paper_rows(preset):
     return (
         quantized(preset, "rptq", "RPTQ", "rptq"),
         quantized(preset, "rptq+static", "RPTQ+ static", "rptq+", *STATIC),
+    )
+
+
+def ablated(form, title, *options):
+    """W4A4KV4 in one form, each time without one ingredient; a grid of each token's own clips nothing at 4 bits."""
+    return tuple(
+        quantized(
+            ALL_4,
+            f"{form}-no-{what}",
+            f"{title} without {told}",
+            "rptq+",
+            *options,
+            *(word for key in keys for word in ("--set", key)),
+        )
+        for what, (told, *keys) in WITHOUT.items()
+        if what != "clip" or options
     )
 
 
@@ -64,6 +93,8 @@ ROWS = (
     quantized(ALL_4, "rptq", "RPTQ", "rptq"),
     quantized(ALL_4, "rptq+50", "RPTQ+ 50% zeros", "rptq+", *HALF),
     quantized(ALL_4, "rptq+2:4", "RPTQ+ 2:4", "rptq+", *TWO_OF_4),
+    *ablated("rptq+", "RPTQ+"),
+    *ablated("rptq+static", "RPTQ+ static", *STATIC),
 )
 RPTQ_NOTE = (
     "Lines marked (RPTQ's README) are as printed at github.com/hahnyuan/RPTQ4LLM: calibrated on 128 x 2048 tokens of"
