@@ -101,10 +101,14 @@ def _bits(report: dict[str, Any]) -> str:
     for name, part, key, where in SITES:
         bits = _site_bits(report, part, key)
         rows.append(f"| {name} | {'16 (full precision)' if bits == 16 else bits} | {where} |")
-    kv = report["bits"]["kv_bits_effective"]
-    effective = f"{report['bits']['weights_effective']:.3f} a compressed weight"
+    bits = report["bits"]
+    kv, inputs = bits["kv_bits_effective"], bits["activations_effective"]
+    effective = f"{bits['weights_effective']:.3f} a compressed weight"
+    effective += "" if inputs in (None, 16) else f", {inputs:.3f} a value that enters a linear"
     effective += "" if kv is None else f", {kv:.3f} a cached key or value"
     text = f"Effective bits (scales, zero points and permutations are counted): {effective}."
+    if bits["sinks"]:
+        text += f" Full precision, and not counted: the first {bits['sinks']} of a sequence's tokens, here and in the cache."
     grids = f"Activation grid: {recipe['activations']['grid']}. Weight groups: {recipe['weights']['groups']}."
     lines = ["## Bits", "", *rows, "", text, f"{grids} Weight solver: {recipe['weights']['solver']}."]
     p = recipe["pruning"]

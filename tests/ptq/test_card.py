@@ -77,7 +77,7 @@ REPORT = {
         "other_parameters": 250,
         "skipped": [{"name": "lm_head", "reason": "outside the blocks"}],
     },
-    "bits": {"weights_effective": 4.7, "kv_bits_effective": 4.5, "softmax": 8},
+    "bits": {"weights_effective": 4.7, "activations_effective": 4.75, "sinks": 1, "kv_bits_effective": 4.5, "softmax": 8},
     "sparsity": None,
     "sizes": {"source_bytes": 250, "compressed_bytes": 100},
     "seconds": 12.5,
@@ -149,6 +149,14 @@ def test_what_is_not_low_bit_is_said():
     assert "`lm_head`: outside the blocks" in limits and "rotary channels are not permuted" in limits
     assert "H needed more damping" in limits
     assert "queries" not in limits.split("`lm_head`")[0]  # at 4 bits they are low-bit
+
+
+def test_effective_bits_and_spared_sinks_are_said():
+    bits = model_card(REPORT).split("## Bits")[1]
+    assert "4.700 a compressed weight, 4.750 a value that enters a linear, 4.500 a cached key or value" in bits
+    assert "the first 1 of a sequence's tokens" in bits
+    plain = model_card(changed(bits={"activations_effective": 16, "sinks": 0})).split("## Bits")[1]
+    assert "enters a linear" not in plain and "Full precision, and" not in plain
 
 
 @pytest.mark.parametrize(
