@@ -153,9 +153,10 @@ OPT_TABLE = Table(
     title="RPTQ's table",
     legend=(
         "W4A4 keeps norm outputs and softmax at 8 bits; settings that end in KV quantize weights, keys and values;"
-        " W4A4KV4 weights, the input of every linear, keys and values. Effective bits count scales, zero points and, of"
-        " weights, permutations; 16 is full precision. They leave out the first token of a sequence, which RPTQ+ keeps"
-        " in full precision. 2:4 keeps 2 of every 4 weights."
+        " W4A4KV4 weights, the input of every linear, keys and values. Effective bits count scales and zero"
+        " points, of weights permutations too, of cached keys and values the cosines and sines of rotary embeddings; 16 is"
+        " full precision. They leave out the first token of a sequence, which RPTQ+ keeps in full precision. 2:4 keeps 2"
+        " of every 4 weights."
     ),
     rows=ROWS,
     printed=(*rptq_lines(), *omniquant_lines(), *llama_lines()),

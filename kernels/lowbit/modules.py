@@ -323,7 +323,7 @@ class Linear(nn.Module):
         """x [..., C] -> [..., R], same dtype."""
         x = self.multiplied(x)
         if self._skips_zeros_of(x):
-            y = sparse_linear(x, self.tiles, self.bias)
+            y = sparse_linear(x, self.tiles, None if self.bias is None else self.bias.to(x.dtype))
         else:
             y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
         return y if self.output_quantizer is None else self.output_quantizer(y)

@@ -172,6 +172,16 @@ def test_a_linear_with_few_zeros_or_another_dtype_stays():
 
 
 @needs_avx2
+def test_a_bias_of_the_checkpoint_s_dtype_is_cast():
+    linear = Linear(50, 20, dtype=torch.float16)
+    linear.weight, linear.bias = sparse(20, 50, 0.5), torch.arange(20.0).half()
+    expected = linear(inputs(FEW_TOKENS, 50))
+    linear.skip_zeros_()
+    assert linear.tiles is not None
+    torch.testing.assert_close(linear(inputs(FEW_TOKENS, 50)), expected)
+
+
+@needs_avx2
 def test_gradients_flow_as_before():
     linear = Linear(50, 20, dtype=torch.float32)
     linear.weight = sparse(20, 50, 0.5)
