@@ -24,7 +24,7 @@ from ptq.layout import source_tensors
 from ptq.ledger import write_json, write_tensors, write_whole
 from ptq.plots import FILE as RANGES
 from ptq.recipe import Recipe, dump_yaml, prunes
-from ptq.reorder import Orders
+from ptq.reorder import Orders, order_of
 from ptq.source import INDEX, Checkpoint, read_config, read_headers, resolve
 
 # What belongs beside the weights; everything else in a source folder stays where it is.
@@ -80,7 +80,7 @@ class Writer:
         facts = {}
         for name, found in ranges.items():
             facts |= {f"blocks.{i}.{name}.min": found.min, f"blocks.{i}.{name}.max": found.max}
-            order = orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(name, name))
+            order = order_of(orders, name)
             if order is not None:
                 facts |= {f"blocks.{i}.{name}.permutation": order.perm, f"blocks.{i}.{name}.sizes": order.sizes}
         if facts:

@@ -12,7 +12,7 @@ import rptq
 from ptq.architectures import FusedQKV, Geometry, Spec
 from ptq.errors import UnsupportedModel
 from ptq.recipe import Recipe
-from ptq.reorder import Orders, input_order
+from ptq.reorder import Orders, order_of
 from ptq.sites import Statistics, input_sites, output_sites
 
 FULL = 16
@@ -49,7 +49,7 @@ def attach(
 def _attach_input(block: nn.Module, site, recipe: Recipe, found: Statistics, orders: Orders) -> SiteFact:
     a = recipe.activations
     bits = a.bits if site.norm is None else a.norm_bits
-    order = input_order(orders, site.name)
+    order = order_of(orders, site.name)
     C, kind = found.ranges[site.name].min.numel(), a.grid if bits < FULL else "none"
     sizes = torch.tensor([C]) if order is None else order.sizes
     widths = cluster_bits(sizes, bits, 0.0 if site.name == "R3" else recipe.clusters.wide or 0.0)
@@ -108,7 +108,7 @@ def _attach_outputs(block, spec: Spec, geometry: Geometry, recipe: Recipe, found
         return _attach_group4(block, spec, geometry, recipe)
     facts, parts = [], {}
     for site in output_sites(spec, geometry):
-        order = orders.get({"q": "q", "k": "R2", "v": "R3"}[site.name])
+        order = order_of(orders, site.name)
         fact, grid = _output_grid(site.name, found, order, bits[site.name], recipe, spec)
         facts.append(fact)
         if grid is not None:

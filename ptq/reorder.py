@@ -29,9 +29,9 @@ from ptq.sites import InputSite, Statistics, input_sites, norm_of
 Orders = dict[str, rptq.Order]
 
 
-def input_order(orders: Orders, site: str) -> rptq.Order | None:
-    """The order of a linear's input channels at a site, None where they are not permuted."""
-    return orders.get("o" if site == "R3" else site)
+def order_of(orders: Orders, site: str) -> rptq.Order | None:
+    """The order of the channels seen at a site (an input, or q, k, v), None where they are not permuted."""
+    return orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(site, site))
 
 
 def folded_statistics(found: Statistics, orders: Orders, turned: dict[str, int]) -> Statistics:
@@ -41,7 +41,7 @@ def folded_statistics(found: Statistics, orders: Orders, turned: dict[str, int])
     """
     folded = Statistics({}, {})
     for name, ranges in found.ranges.items():
-        order = orders.get({"R3": "o", "k": "R2", "v": "R3"}.get(name, name))
+        order = order_of(orders, name)
         folded.ranges[name] = ranges if order is None else ranges.permuted(order.perm)
         if name not in found.samples:
             continue
@@ -105,7 +105,7 @@ def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders
     """Permute the block's full-precision weights in place; the block's function stays the same."""
     q, k, v = qkv_rows(spec, geometry)
     for site in input_sites(spec):
-        order = input_order(orders, site.name)
+        order = order_of(orders, site.name)
         if order is not None:
             _permute_input(block, site, order.perm)
     if "R5" in orders:
@@ -128,7 +128,7 @@ def fold_rotations(block: nn.Module, spec: Spec, orders: Orders) -> dict[str, in
     """
     turned = {}
     for site in input_sites(spec):
-        order = input_order(orders, site.name)
+        order = order_of(orders, site.name)
         linears = [block.get_submodule(path) for path in site.linears]
         block_size = largest_block(linears[0].in_features if order is None else math.gcd(*order.sizes.tolist()))
         for linear in linears:

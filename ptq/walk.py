@@ -226,7 +226,7 @@ def paused_bytes(block: nn.Module, states: list[torch.Tensor]) -> int:
 
 def permuted_h(name: str, H: torch.Tensor, orders: reorder.Orders) -> torch.Tensor:
     """H of the permuted input: x' = x[perm] gives H' = H[perm][:, perm]."""
-    order = reorder.input_order(orders, name)
+    order = reorder.order_of(orders, name)
     return H if order is None else H[order.perm[:, None], order.perm]  # [C, C]
 
 

@@ -15,7 +15,7 @@ import sparsegpt
 from ptq import distributed
 from ptq.errors import BadInput, NumericalFailure
 from ptq.recipe import Recipe, keep_of, pruned_blocks, prunes
-from ptq.reorder import Orders, input_order
+from ptq.reorder import Orders, order_of
 from ptq.sites import InputSite
 
 
@@ -123,7 +123,7 @@ def group_sizes(C: int, site: InputSite, recipe: Recipe, orders: Orders) -> torc
     tile where clusters are tiles, else max(16, C / 128), because k-means leaves a few clusters with most of the channels.
     """
     groups = recipe.weights.groups
-    order = input_order(orders, site.name)
+    order = order_of(orders, site.name)
     whole = torch.tensor([C])
     if groups == "channel":
         return whole
