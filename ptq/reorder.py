@@ -96,9 +96,7 @@ def _head_order(features: torch.Tensor, geometry: Geometry, n_clusters: int, rec
     if recipe.clusters.wide is None:
         return rptq.per_head_order(by_head, n_clusters, seed=recipe.seed)
     width = by_head.abs().amax(-1)  # [H, D]
-    heads = [rptq.sorted_tiles(rptq.ChannelRange(-w, w), recipe.clusters.tile) for w in width]
-    perm = torch.cat([order.perm + h * geometry.head_dim for h, order in enumerate(heads)])  # H x [D] -> [H D]
-    return rptq.Order(perm, torch.cat([order.sizes for order in heads]))
+    return rptq.join_heads([rptq.sorted_tiles(rptq.ChannelRange(-w, w), recipe.clusters.tile) for w in width])
 
 
 def fold_orders(block: nn.Module, spec: Spec, geometry: Geometry, orders: Orders) -> None:

@@ -5,7 +5,7 @@ from rptq.cluster import kmeans_order, per_head_order
 from rptq.features import joint_features, range_features
 from rptq.fold import permute_columns, permute_rows, rotary_pairs_kept
 from rptq.grid import ActivationGrid, channel_grid, fake_quantize, fit_grid, quantization_cost, tensor_grid
-from rptq.heads import expand_to_query_groups, merge_query_groups
+from rptq.heads import expand_to_query_groups, join_heads, merge_query_groups
 from rptq.order import Order, check_permutation, compose, inverse
 from rptq.ranges import ChannelRange, update
 from rptq.smooth import smooth_factors
@@ -23,6 +23,7 @@ __all__ = [
     "fake_quantize",
     "fit_grid",
     "inverse",
+    "join_heads",
     "joint_features",
     "kmeans_order",
     "merge_query_groups",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rptq.heads import join_heads
 from rptq.order import Order
 
 
@@ -36,9 +37,7 @@ def per_head_order(features: Tensor, n_clusters: int, *, seed: int = 0) -> Order
     """
     if features.ndim != 3 or features.shape[0] == 0:
         raise ValueError(f"features must be [H, D, F] with at least one head, got {list(features.shape)}")
-    orders = [kmeans_order(head, n_clusters, seed=seed) for head in features]
-    perm = torch.cat([order.perm + h * features.shape[1] for h, order in enumerate(orders)])  # H x [D] -> [H*D]
-    return Order(perm, torch.cat([order.sizes for order in orders]))
+    return join_heads([kmeans_order(head, n_clusters, seed=seed) for head in features])
 
 
 def _labels(points: Tensor, n_clusters: int, seed: int) -> Tensor:

@@ -39,6 +39,12 @@ def expand_to_query_groups(order: Order, *, n_kv: int, n_query_per_kv: int) -> O
     return Order(perm.flatten(), torch.cat(sizes))  # [Hq, D] -> [Hq*D]
 
 
+def join_heads(orders: list[Order]) -> Order:
+    """Orders of single heads, all of one width D -> one over H*D channels, in which no channel leaves its head."""
+    perm = torch.cat([order.perm + h * order.perm.numel() for h, order in enumerate(orders)])  # H x [D] -> [H*D]
+    return Order(perm, torch.cat([order.sizes for order in orders]))
+
+
 def _sizes_by_head(sizes: Tensor, n_heads: int, head_dim: int) -> list[Tensor]:
     """Cluster sizes [G] cut at the head boundaries: n_heads tensors, each summing to head_dim."""
     ends = sizes.cumsum(0)
