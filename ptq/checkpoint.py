@@ -23,7 +23,8 @@ from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.layout import source_tensors
 from ptq.ledger import write_json, write_tensors, write_whole
 from ptq.plots import FILE as RANGES
-from ptq.recipe import Recipe, dump_yaml, prunes
+from ptq.recipe import Recipe, prunes
+from ptq.recipe_build import dump_yaml
 from ptq.reorder import Orders, order_of
 from ptq.source import INDEX, Checkpoint, read_config, read_headers, resolve
 

@@ -9,14 +9,14 @@ from lowbit.modules import ActivationQuantizer
 from torch import nn
 
 import rptq
+from ptq import wide
 from ptq.architectures import FusedQKV, Geometry, Spec
 from ptq.errors import UnsupportedModel
 from ptq.recipe import Recipe
 from ptq.reorder import Orders, order_of
-from ptq.sites import Statistics, input_sites, output_sites
+from ptq.sites import InputSite, Statistics, input_sites, output_sites
 
 FULL = 16
-WIDE_BITS = 8
 # Of queries, keys and values the largest matter more than their share of the squared error: at 4 bits clipping them costs perplexity.
 CLIP_BELOW = 4
 
@@ -40,29 +40,60 @@ def attach(
 ) -> list[SiteFact]:
     """Fit the grids and attach them; returns one fact a site.
 
-    found: ranges, and samples where grids are clipped, of the block with `orders` (and rotations) folded in.
+    found: ranges, and samples where grids are clipped or clusters compete for bits, of the block with `orders` (and rotations) folded in.
     """
-    facts = [_attach_input(block, site, recipe, found, orders) for site in input_sites(spec)]
+    sites = input_sites(spec)
+    widths = _widths(block, sites, recipe, found, orders)
+    facts = [_attach_input(block, site, recipe, found, orders, widths[site.name]) for site in sites]
     return facts + _attach_outputs(block, spec, geometry, recipe, found, orders)
 
 
-def _attach_input(block: nn.Module, site, recipe: Recipe, found: Statistics, orders: Orders) -> SiteFact:
-    a = recipe.activations
-    bits = a.bits if site.norm is None else a.norm_bits
+def _sizes(site: InputSite, found: Statistics, orders: Orders) -> torch.Tensor:
+    """int64 [G]: the clusters of a site, one if it has none."""
     order = order_of(orders, site.name)
-    C, kind = found.ranges[site.name].min.numel(), a.grid if bits < FULL else "none"
-    sizes = torch.tensor([C]) if order is None else order.sizes
-    widths = cluster_bits(sizes, bits, 0.0 if site.name == "R3" else recipe.clusters.wide or 0.0)
+    return torch.tensor([found.ranges[site.name].min.numel()]) if order is None else order.sizes
+
+
+def _bits(site: InputSite, recipe: Recipe) -> int:
+    return recipe.activations.bits if site.norm is None else recipe.activations.norm_bits
+
+
+def _widths(
+    block: nn.Module, sites: tuple[InputSite, ...], recipe: Recipe, found: Statistics, orders: Orders
+) -> dict[str, torch.Tensor]:
+    """int64 [G]: the bits of every cluster, by site."""
+    share, compete = recipe.clusters.wide or 0.0, recipe.clusters.allot == "block"
+    if compete and recipe.activations.grid in ("tile", "cluster"):
+        return _competing(block, sites, recipe, found, orders, share)
+    widths = {}
+    for site in sites:  # R3's are no wider than others: each is a head, not a part of sorted channels
+        of_site = 0.0 if site.name == "R3" else share
+        widths[site.name] = wide.widest(_sizes(site, found, orders), _bits(site, recipe), of_site)
+    return widths
+
+
+def _competing(block: nn.Module, sites, recipe: Recipe, found: Statistics, orders: Orders, share: float):
+    """`_widths` where the clusters of all sites below 8 bits compete for a share of 8-bit ones."""
+    sizes = {site.name: _sizes(site, found, orders) for site in sites}
+    narrow = {site.name: torch.full_like(sizes[site.name], _bits(site, recipe)) for site in sites}
+    added = {
+        site.name: wide.output_energy(block, site, found.samples[site.name]) for site in sites if site.name in ("R3", "R5")
+    }
+    costs = {}
+    for site in sites:
+        if _bits(site, recipe) < wide.WIDE_BITS:
+            quantizer = _input_quantizer(block, site, recipe, found, sizes[site.name], narrow[site.name])
+            cost = wide.rounding_costs(block, site, found.samples[site.name], quantizer)
+            costs[site.name] = cost * sum(added[end] for end in wide.branches(site, sites))
+    return narrow | (wide.costliest(costs, narrow, share) if costs else {})
+
+
+def _attach_input(block: nn.Module, site: InputSite, recipe: Recipe, found, orders, widths: torch.Tensor) -> SiteFact:
+    bits, order, sizes = _bits(site, recipe), order_of(orders, site.name), _sizes(site, found, orders)
+    kind = recipe.activations.grid if bits < FULL else "none"
     if bits < FULL:
-        if kind == "token":
-            quantizer = ActivationQuantizer("token", token_bits=bits, sinks=a.sinks)
-        elif kind == "tile":
-            quantizer = ActivationQuantizer.tiles(widths, sizes, sinks=a.sinks)
-        elif kind == "cluster":
-            energy = sum(block.get_submodule(path).weight.float().square().sum(0) for path in site.linears)  # [C]
-            quantizer = _static(_fit(found, site.name, sizes, widths, recipe, energy), a.sinks)
-        else:
-            quantizer = _static(rptq.tensor_grid(found.ranges[site.name], bits), a.sinks)
+        quantizer = _input_quantizer(block, site, recipe, found, sizes, widths)
+        quantizer.sinks = recipe.activations.sinks
         if site.norm is not None:
             block.get_submodule(site.norm).quantizer = quantizer
         else:
@@ -70,17 +101,21 @@ def _attach_input(block: nn.Module, site, recipe: Recipe, found: Statistics, ord
                 block.get_submodule(path).input_quantizer = quantizer
     ragged = recipe.clusters.tile is not None and recipe.clusters.wide is None and site.name == "R3"
     note = "not aligned to tiles: channels stay inside their heads" if ragged else None
-    return SiteFact(
-        site.name, C, sizes.numel(), bits, kind, order is not None, note, _effective_bits(widths, sizes, kind)
-    )
+    C, effective = int(sizes.sum()), _effective_bits(widths, sizes, kind)
+    return SiteFact(site.name, C, sizes.numel(), bits, kind, order is not None, note, effective)
 
 
-def cluster_bits(sizes: torch.Tensor, bits: int, wide: float) -> torch.Tensor:
-    """int64 [G]: `bits`, but at least WIDE_BITS for the last of the clusters, a share `wide` of them and at least one if above 0."""
-    widths = torch.full_like(sizes, bits)
-    last = max(1, round(wide * sizes.numel())) if wide else 0
-    widths[sizes.numel() - last :] = max(bits, WIDE_BITS)
-    return widths
+def _input_quantizer(block: nn.Module, site: InputSite, recipe: Recipe, found: Statistics, sizes, widths):
+    """The quantizer of a site with `widths` bits int64 [G] in clusters of `sizes`, without sinks."""
+    kind = recipe.activations.grid
+    if kind == "token":
+        return ActivationQuantizer("token", token_bits=_bits(site, recipe))
+    if kind == "tile":
+        return ActivationQuantizer.tiles(widths, sizes)
+    if kind == "cluster":
+        energy = sum(block.get_submodule(path).weight.float().square().sum(0) for path in site.linears)  # [C]
+        return _static(_fit(found, site.name, sizes, widths, recipe, energy))
+    return _static(rptq.tensor_grid(found.ranges[site.name], _bits(site, recipe)))
 
 
 def _effective_bits(widths: torch.Tensor, sizes: torch.Tensor, kind: str) -> float:
@@ -98,7 +133,7 @@ def _fit(found: Statistics, name: str, sizes, bits, recipe: Recipe, weight=None,
     return rptq.fit_grid(ranges, sizes, bits)
 
 
-def _static(grid: rptq.ActivationGrid, sinks: int) -> ActivationQuantizer:
+def _static(grid: rptq.ActivationGrid, sinks: int = 0) -> ActivationQuantizer:
     return ActivationQuantizer.static(grid.scale, grid.zero, grid.bits, grid.sizes, sinks=sinks)
 
 

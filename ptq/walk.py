@@ -18,7 +18,7 @@ from ptq.architectures import Geometry, Spec
 from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
 from ptq.gram import Drift, Gram
-from ptq.recipe import Recipe, quantizes_activations
+from ptq.recipe import Recipe, quantizes_activations, wants_sample
 from ptq.sample import every_of
 from ptq.sequential import Forwards, run_again, run_paused
 from ptq.sites import InputSite, Statistics, block_sites, collect, until_last_input
@@ -126,7 +126,7 @@ def _measured(run: Run, forwards: Forwards, prefix: str, *, ranges: bool, hessia
         for forward in forwards.each:
             until_last_input(forward)
 
-    every = every_of(calibration.nsamples * calibration.seqlen) if ranges and a.clip else None
+    every = every_of(calibration.nsamples * calibration.seqlen) if ranges and wants_sample(run.recipe) else None
     where = {"where": prefix, "sinks": a.sinks, "every": every}
     return collect(forwards.block, run.spec, run.geometry, passes, ranges=ranges, hessians=hessians, **where)
 
@@ -140,7 +140,7 @@ def _fold(run: Run, forwards: Forwards, found: Statistics, prefix: str) -> tuple
     orders = reorder.plan_orders(found.ranges, recipe, spec, run.geometry, prefix)
     reorder.fold_orders(block, spec, run.geometry, orders)
     turned = reorder.fold_rotations(block, spec, orders) if recipe.clusters.rotate else {}
-    if not found.samples and (turned or recipe.activations.clip):  # ranges alone do not tell those of a turned channel
+    if not found.samples and (turned or wants_sample(recipe)):  # ranges alone do not tell those of a turned channel
         return orders, _measured(run, forwards, prefix, ranges=True, hessians=False)
     return orders, reorder.folded_statistics(found, orders, turned)
 

@@ -29,7 +29,7 @@ RAGGED, PAD_TO = "W4A8", (64, 128)
 
 @dataclass(frozen=True)
 class Row:
-    """`recipe` holds the keywords of `ptq.recipe.build`; None is the model as it is."""
+    """`recipe` holds the keywords of `ptq.recipe_build.build`; None is the model as it is."""
 
     name: str
     low_bit: str
@@ -127,7 +127,7 @@ def open_table(args):
 
 def recipe_of(row, table):
     """The row's recipe, or None. Model and text stand in it by name, so that its fingerprint is the same everywhere."""
-    from ptq.recipe import build
+    from ptq.recipe_build import build
 
     if row.recipe is None:
         return None

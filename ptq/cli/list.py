@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ptq.cli.options import table
-from ptq.recipe import METHOD_NOTES, PRESETS
+from ptq.presets import METHOD_NOTES, PRESETS
 
 HEADING = ["preset", "weights", "norm outputs", "queries", "keys, values", "o and down inputs", "softmax"]
 SITES = ("norm_bits", "q_bits", "kv_bits", "bits", "softmax_bits")

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from ptq.recipe import suggest
+from ptq.recipe_build import suggest
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,9 @@ from typing import Any
 from ptq.cli import options
 from ptq.cli.quantize import add_run_options, add_source, compress, given, overlay, parse_groups, parse_setting
 from ptq.errors import BadInput
-from ptq.recipe import ALLOCATIONS, PRUNING_METHODS, STORAGES, Recipe, build, prunes
+from ptq.presets import PRUNING_METHODS
+from ptq.recipe import ALLOCATIONS, STORAGES, Recipe, prunes
+from ptq.recipe_build import build
 
 EPILOG = """\
 --nm 2:4 keeps 2 of every 4 weights along a row. Without --wbits the result is an ordinary checkpoint with zeros in it, which
@@ -59,7 +61,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """The recipe that the options ask for. Pure.
 
     Raises:
-        BadInput: nothing to prune, a bad --refine or --set, or a value that `recipe.build` refuses.
+        BadInput: nothing to prune, a bad --refine or --set, or a value that `recipe_build.build` refuses.
     """
     if (args.sparsity is None) == (args.nm is None):
         raise BadInput("give one of --sparsity (share of zeros, for instance 0.5) and --nm (2:4 keeps 2 of every 4)")

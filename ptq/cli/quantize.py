@@ -9,8 +9,10 @@ from typing import Any
 from ptq.cli import options
 from ptq.cli.memory import keep_freed_memory
 from ptq.errors import BadInput
+from ptq.presets import METHODS, PRESETS
 from ptq.progress import Progress
-from ptq.recipe import KV_BITS, METHODS, PRESETS, Recipe, build
+from ptq.recipe import KV_BITS, Recipe
+from ptq.recipe_build import build
 
 EPILOG = """\
 bits without a preset: --abits N sets inputs of the output and down projections, queries, keys and values to N,
@@ -98,7 +100,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """The recipe that the options ask for. Pure.
 
     Raises:
-        BadInput: no bits chosen, a bad --set, or a value that `recipe.build` refuses.
+        BadInput: no bits chosen, a bad --set, or a value that `recipe_build.build` refuses.
     """
     wanted = given(
         model=args.model,

@@ -7,7 +7,8 @@ from typing import Any
 
 from ptq.cli.quantize import add_run_options, compress
 from ptq.errors import BadInput
-from ptq.recipe import Recipe, load_yaml
+from ptq.recipe import Recipe
+from ptq.recipe_build import load_yaml
 
 
 def add(verbs: Any) -> None:

@@ -18,7 +18,7 @@ from ptq.blocks import record_calls, skeleton, tensor_names
 from ptq.ledger import Ledger
 from ptq.pipeline import compress
 from ptq.progress import Progress
-from ptq.recipe import build
+from ptq.recipe_build import build
 from ptq.source import open_checkpoint
 
 NSAMPLES, SEQLEN = 6, 24

@@ -12,7 +12,7 @@ from ptq.checkpoint import load_tokenizer
 from ptq.evaluate import evaluate, windows_for
 from ptq.pipeline import compress
 from ptq.progress import Progress
-from ptq.recipe import build
+from ptq.recipe_build import build
 from ptq.texts import read_text
 
 MODEL = Path(ptq.__file__).parent / "assets" / "tiny-opt"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTCo
 import rptq
 from ptq import reorder
 from ptq.blocks import linear_paths, load_block, norm_paths, run_block
-from ptq.recipe import build
+from ptq.recipe_build import build
 from ptq.sites import collect, until_last_input
 
 # What folding each site needs in an Orders dict: R2 and R3 act on query heads too, under "q" and "o".

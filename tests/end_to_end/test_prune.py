@@ -27,7 +27,7 @@ from ptq.architectures import FAMILIES
 from ptq.cli import main
 from ptq.errors import BadInput, NumericalFailure
 from ptq.ledger import Ledger
-from ptq.recipe import PRUNING_METHODS
+from ptq.presets import PRUNING_METHODS
 
 ALL = [*DENSE, *MOE]
 PATTERNS = {"half": {"sparsity": 0.5}, "2:4": {"keep": "2:4"}}

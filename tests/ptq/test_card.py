@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from ptq.card import model_card
-from ptq.recipe import build, to_dict
+from ptq.recipe import to_dict
+from ptq.recipe_build import build
 
 ROOT = Path(__file__).resolve().parents[2]
 

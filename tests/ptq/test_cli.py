@@ -16,8 +16,10 @@ from ptq.cli import main, quantize, run
 from ptq.cli.list import preset_rows
 from ptq.cli.parser import build_parser, parse
 from ptq.errors import BadInput, NumericalFailure, UnsupportedModel
+from ptq.presets import METHODS, PRESETS
 from ptq.progress import Progress, module_line
-from ptq.recipe import METHODS, PRESETS, Activations, dump_yaml, fingerprint
+from ptq.recipe import Activations, fingerprint
+from ptq.recipe_build import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 

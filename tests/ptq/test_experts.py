@@ -16,7 +16,7 @@ from ptq.blocks import linear_paths, load_block, record_calls, run_block, skelet
 from ptq.errors import BadInput, NumericalFailure, UnsupportedModel
 from ptq.experts import check_recipe, down_hessian, gate_up_hessian
 from ptq.layout import source_tensors
-from ptq.recipe import build
+from ptq.recipe_build import build
 from ptq.sites import block_sites, input_sites
 from ptq.source import open_checkpoint
 

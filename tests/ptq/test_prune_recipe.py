@@ -9,7 +9,9 @@ import pytest
 from ptq.cli import main, prune
 from ptq.cli.parser import parse
 from ptq.errors import BadInput
-from ptq.recipe import PRUNING_METHODS, build, dump_yaml, keep_of, load_yaml, pruned_blocks, quantizes
+from ptq.presets import PRUNING_METHODS
+from ptq.recipe import keep_of, pruned_blocks, quantizes
+from ptq.recipe_build import build, dump_yaml, load_yaml
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 
 from ptq.errors import BadInput
-from ptq.recipe import METHODS, PRESETS, Recipe, build, dump_yaml, fingerprint, load_yaml, to_dict
+from ptq.presets import METHODS, PRESETS
+from ptq.recipe import Recipe, fingerprint, to_dict
+from ptq.recipe_build import build, dump_yaml, load_yaml
 
 
 def test_presets_are_the_paper_s():
@@ -144,6 +146,7 @@ def test_recipes_cannot_change_under_a_run():
         "R5": 32,
         "tile": None,
         "wide": None,
+        "allot": "site",
         "rotate": False,
     }
 

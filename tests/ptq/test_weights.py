@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rptq
-from ptq.recipe import build
+from ptq.recipe_build import build
 from ptq.sites import InputSite
 from ptq.weights import group_sizes
 
