@@ -109,6 +109,7 @@ def _bits(report: dict[str, Any]) -> str:
     text = f"Effective bits (scales, zero points and permutations are counted): {effective}."
     if bits["sinks"]:
         text += f" Full precision, and not counted: the first {bits['sinks']} of a sequence's tokens, here and in the cache."
+    text += _run_time(report["run_time"])
     grids = f"Activation grid: {recipe['activations']['grid']}. Weight groups: {recipe['weights']['groups']}."
     lines = ["## Bits", "", *rows, "", text, f"{grids} Weight solver: {recipe['weights']['solver']}."]
     p = recipe["pruning"]
@@ -119,6 +120,17 @@ def _bits(report: dict[str, Any]) -> str:
             f"Zeros among the decoder linears' weights: {report['sparsity']:.2%} ({asked}, method {p['method']}).",
         ]
     return "\n".join(lines)
+
+
+def _run_time(cost: dict[str, int]) -> str:
+    """What the method costs at run time beside the products, if anything."""
+    found = []
+    if cost["hadamard_additions"]:
+        share = cost["hadamard_additions"] / cost["multiplications"]
+        found.append(f"{share:.2%} as many additions for Hadamard matrices as the linears have multiplications")
+    if cost["dynamic_channels"]:
+        found.append(f"the ranges of {cost['dynamic_channels']} values")
+    return f" What a token costs at run time beside the products: {' and '.join(found)}." if found else ""
 
 
 def _site_bits(report: dict[str, Any], part: str, key: str) -> int:

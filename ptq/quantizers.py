@@ -33,6 +33,7 @@ class SiteFact:
     permuted: bool
     note: str | None
     effective_bits: float
+    rotation: int = 1
 
 
 def attach(
@@ -102,7 +103,8 @@ def _attach_input(block: nn.Module, site: InputSite, recipe: Recipe, found, orde
     ragged = recipe.clusters.tile is not None and recipe.clusters.wide is None and site.name == "R3"
     note = "not aligned to tiles: channels stay inside their heads" if ragged else None
     C, effective = int(sizes.sum()), _effective_bits(widths, sizes, kind)
-    return SiteFact(site.name, C, sizes.numel(), bits, kind, order is not None, note, effective)
+    turner = block.get_submodule(site.norm or site.linears[0])
+    return SiteFact(site.name, C, sizes.numel(), bits, kind, order is not None, note, effective, turner.rotation)
 
 
 def _input_quantizer(block: nn.Module, site: InputSite, recipe: Recipe, found: Statistics, sizes, widths):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowbit.hadamard import additions
 from torch import nn
 
 from ptq.architectures import Spec, geometry_of
@@ -77,6 +78,7 @@ def build_report(
             "kv_bits_effective": _kv_bits(recipe, checkpoint.config, spec),
             "softmax": recipe.activations.softmax_bits if spec.attention_interface else 16,
         },
+        "run_time": _run_time(modules, sites),
         "sparsity": _sparsity(modules) if prunes(recipe) else None,
         "sizes": {
             "source_bytes": sum(f["bytes"] for f in checkpoint.files),
@@ -122,6 +124,15 @@ def _activation_bits(sites: list[dict[str, Any]]) -> float | None:
     inputs = [site for site in sites if site["site"] in ("R1", "R3", "R4", "R5")]
     channels = sum(site["channels"] for site in inputs)
     return sum(site["channels"] * site["effective_bits"] for site in inputs) / channels if channels else None
+
+
+def _run_time(modules: list[dict[str, Any]], sites: list[dict[str, Any]]) -> dict[str, int]:
+    """What a token costs at run time beside its products, which are `multiplications` of the decoder linears."""
+    return {
+        "multiplications": sum(row["shape"][0] * row["shape"][1] for row in modules),
+        "hadamard_additions": sum(additions(site["channels"], site["rotation"]) for site in sites),
+        "dynamic_channels": sum(site["channels"] for site in sites if site["grid"] in ("tile", "token")),
+    }
 
 
 def _kv_bits(recipe: Recipe, config: Any, spec: Spec) -> float | None:

@@ -22,6 +22,14 @@ def rotate(x: Tensor, block: int) -> Tensor:
     return (_turned(y) / block**0.5).flatten(-2).to(x.dtype)  # [..., C/n, n] -> [..., C]
 
 
+def additions(channels: int, block: int) -> int:
+    """Additions that `rotate` takes a token at best: C (log2 a + m - 1) for blocks of a m, a = 2^k, m = 1 or an order of Paley's."""
+    m = block
+    while m % 2 == 0 and _known(m // 2):
+        m //= 2
+    return channels * ((block // m).bit_length() - 1 + m - 1)
+
+
 def _turned(x: Tensor) -> Tensor:
     """x [..., n] times H_n, which is H_a (x) H_b for n = a b and a a power of two: two small products where n is large."""
     n = x.shape[-1]

@@ -117,6 +117,10 @@ def test_the_report_counts_every_bit(form, grid, runs):
     blocks = len(inputs) // 4
     assert wide == pytest.approx(blocks * max(1, round(0.125 * tiles / blocks)))
     assert {s["effective_bits"] for s in report["sites"] if s["site"] in ("k", "v")} == {4.0}
+    # the tiles of 32 here hold Hadamard matrices of 32 (log2 32 = 5 additions a channel)
+    channels = sum(s["channels"] for s in inputs)
+    assert report["run_time"]["hadamard_additions"] <= 5 * channels and report["run_time"]["hadamard_additions"] > 0
+    assert report["run_time"]["dynamic_channels"] == (channels if form == "dynamic" else 0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lowbit.hadamard import largest_block, rotate
+from lowbit.hadamard import additions, largest_block, rotate
 
 
 def definition(block):
@@ -59,3 +59,8 @@ def test_the_largest_block_of_known_widths(channels, block):
 def test_a_block_that_does_not_fit_is_refused(block):
     with pytest.raises(ValueError, match=f"blocks of {block} do not fit 24 channels; use 24"):
         rotate(torch.zeros(1, 24), block)
+
+
+@pytest.mark.parametrize("channels, block, expected", [(128, 64, 128 * 6), (8, 1, 0), (24, 12, 24 * 11), (96, 48, 96 * (2 + 11))])
+def test_additions_are_those_of_the_fast_transform(channels, block, expected):
+    assert additions(channels, block) == expected
