@@ -171,7 +171,8 @@ def measure_model(table, args, path, shared, records, model):
             continue
         say(f"{what}: {', '.join(missing)} ...")
         found, facts = measure(table, name, folder, row, seed, missing, args)
-        record = {"model": name, "row": row.name, "seed": seed, "weights": weights, "options": listed(row)}
+        record = {"model": name, "row": row.name, "seed": seed, "weights": weights}
+        record |= {"options": listed(row), "recipe": recipe_of(table, row)}
         record |= {**facts, "made_with": machine(args), "texts": done | found}
         records[key(record)] = record
         save(table, path, args, shared, records)
@@ -279,23 +280,35 @@ def planned(rows, seeds):
 
 
 def still_hold(table, records, name, weights):
-    """The records but for those of a row that has other options by now, or of other weights of this model."""
-    options = {row.name: listed(row) for row in table.rows}
+    """The records but for those of a row whose options mean another recipe by now, or of other weights of this model."""
+    recipes = {row.name: recipe_of(table, row) for row in table.rows}
     kept = {
         cell: record
         for cell, record in records.items()
-        if record["row"] in options
-        and record["options"] == options[record["row"]]
+        if record["row"] in recipes
+        and record["recipe"] == recipes[record["row"]]
         and (record["model"] != name or record["weights"] == weights)
     }
     for model, row, seed in sorted(records.keys() - kept.keys(), key=str):
-        say(f"{model}, {row}, seed {seed}: dropped, it was measured with other options or weights")
+        say(f"{model}, {row}, seed {seed}: dropped, it was measured with another recipe or other weights")
     return kept
 
 
 def finished_texts(record):
     """Results by text that a cell already has; a failure is tried again."""
     return {} if record is None else {name: found for name, found in record["texts"].items() if "perplexity" in found}
+
+
+def recipe_of(table, row):
+    """The fingerprint of what the row's options ask of the verb today, defaults included; None for the model as it is."""
+    from ptq import cli
+    from ptq.cli.parser import parse
+    from ptq.recipe import fingerprint
+
+    if row.options is None:
+        return None
+    args = parse([table.verb, "MODEL", "--out", "DIR", *row.options])
+    return fingerprint(getattr(cli, table.verb).recipe_from_args(args))
 
 
 def listed(row):

@@ -26,6 +26,7 @@ def record(model="m", row="W4A4KV4-rptq+", seed=0, bits=(4.5, 4.25, None), **tex
     """A finished record; texts: name -> perplexity, or why there is none."""
     results = {name: {"failed": v} if isinstance(v, str) else {"perplexity": v} for name, v in texts.items()}
     cell = {"model": model, "row": row, "seed": seed, "weights": "w", "options": table.listed(ROWS[row])}
+    cell |= {"recipe": table.recipe_of(OPT_TABLE, ROWS[row])}
     cell |= {} if row == "full" else {"bits": dict(zip(table.BITS, bits))}
     return cell | {"made_with": FACTS, "texts": results}
 

@@ -28,6 +28,7 @@ def record(model="m", row="sparsegpt-50", seed=0, **texts):
     results = {name: {"failed": v} if isinstance(v, str) else {"perplexity": v} for name, v in texts.items()}
     options = table.listed(ROWS[row])
     cell = {"model": model, "row": row, "seed": seed, "weights": "w", "options": options}
+    cell |= {"recipe": table.recipe_of(TABLE, ROWS[row])}
     return cell | {"made_with": FACTS, "texts": results}
 
 
@@ -127,7 +128,7 @@ def test_a_finished_text_is_measured_once_and_a_failed_one_again():
 
 
 def test_records_of_other_options_or_other_weights_are_dropped(capsys):
-    stale = record(seed=1, a=1.5) | {"options": ["--nm", "2:4"]}
+    stale = record(seed=1, a=1.5) | {"recipe": "of another release"}
     gone = record(seed=2, a=1.5) | {"row": "a row of old"}
     moved = record(seed=3, a=1.5) | {"weights": "other"}
     elsewhere = record("another", a=1.5) | {"weights": "other"}
