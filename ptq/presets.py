@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rptq": {},
     "rptq+": {
         "true_sequential": True,
-        "weights": {"asymmetric": 0.5, "clip": True, "descend": 3},
+        "weights": {"damp": 0.1, "asymmetric": 0.5, "clip": True, "descend": 3},
         "activations": {"grid": "tile", "clip": True, "sinks": 1},
         "clusters": {"tile": 64, "wide": 0.16, "allot": "block", "rotate": True},
     },
@@ -82,7 +82,7 @@ PRUNING_METHODS: dict[str, dict[str, Any]] = {
 
 METHOD_NOTES = {
     "rptq": "reorder channels into clusters, one static grid a cluster, GPTQ weights (the paper's method)",
-    "rptq+": "sort channels into tiles, a Hadamard matrix in each, the widest tile at 8 bits, first token spared, GPTQ weights that "
+    "rptq+": "sort channels into tiles, a Hadamard matrix in each, the costliest tiles at 8 bits, first token spared, GPTQ weights that "
     "aim at full precision's outputs; grids a token and tile, or static with --act-grid cluster",
     "rtn": "round to nearest: weights per output channel, activations per tensor (or --act-grid token)",
     "gptq": "GPTQ weights per output channel, activations per tensor (or --act-grid token)",

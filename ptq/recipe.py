@@ -75,6 +75,7 @@ class Clusters:
     `wide`: sort the channels by magnitude, make every tile a cluster whatever the counts say, and give this share of the tiles 8 bits,
     at least one of them if it is above 0. Keys, values and queries have a grid a channel then. `allot`: "site" gives them to the widest
     of each site's tiles (none at R3), "block" to those of the block whose rounding costs most (`ptq.wide.rounding_costs`).
+    `balance`: scale the channels first, so that activation and weight share their size (`rptq.balance_factors`).
     `rotate`: turn the channels of each cluster by a Hadamard matrix, without reordering all channels by one.
     """
 
@@ -87,6 +88,7 @@ class Clusters:
     wide: float | None = None
     allot: str = "site"
     rotate: bool = False
+    balance: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def quantizes_activations(recipe: Recipe) -> bool:
 
 def wants_sample(recipe: Recipe) -> bool:
     """Whether grids are fitted to some of the tokens themselves, not to ranges alone."""
-    return recipe.activations.clip or recipe.clusters.allot == "block"
+    return recipe.activations.clip or recipe.clusters.allot == "block" or recipe.clusters.balance
 
 
 def pruned_blocks(pruning: Pruning, blocks: int) -> int:

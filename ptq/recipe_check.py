@@ -81,6 +81,7 @@ def check(recipe: Recipe) -> Recipe:
     switches = {
         "reorder": recipe.reorder,
         "clusters.rotate": c.rotate,
+        "clusters.balance": c.balance,
         "activations.clip": a.clip,
         "weights.clip": w.clip,
         "true_sequential": recipe.true_sequential,
@@ -108,6 +109,8 @@ def _check_tiles(recipe: Recipe) -> None:
     _one_of(c.allot, ("site", "block"), "clusters.allot")
     if c.allot == "block" and c.wide is None:
         raise BadInput("clusters.allot: block needs tiles that compete; set clusters.wide, or leave it site")
+    if c.balance and (c.wide is None or recipe.smooth is not None):
+        raise BadInput("clusters.balance: scales sorted tiles, and smooth does it otherwise; use --method rptq+ without smooth")
     if c.wide is None and ((c.rotate and recipe.reorder) or a.grid == "tile"):
         what = "clusters.rotate" if c.rotate else "activations.grid: tile"
         raise BadInput(f"{what}: needs sorted tiles; use --method rptq+, or set clusters.tile and clusters.wide")

@@ -15,12 +15,13 @@ import math
 
 import torch
 from lowbit.hadamard import largest_block, rotate
-from lowbit.modules import Linear, Norm
+from lowbit.modules import Linear
 from torch import nn
 
 import rptq
 from ptq.architectures import Geometry, Spec
 from ptq.architectures.geometry import qkv_rows
+from ptq.balance import divide_norm
 from ptq.errors import BadInput
 from ptq.recipe import Recipe
 from ptq.sites import InputSite, Statistics, input_sites, norm_of
@@ -165,17 +166,8 @@ def smooth(
         linears = [block.get_submodule(path) for path in site.linears]
         weight_max = torch.stack([linear.weight.float().abs().amax(0) for linear in linears]).amax(0)  # [L, C] -> [C]
         s = rptq.smooth_factors(ranges[site.name], weight_max, alpha=alpha)
-        _divide_norm(norm, s)
+        divide_norm(norm, s)
         for linear in linears:
             linear.weight = (linear.weight.float() * s).to(linear.weight.dtype)
         smoothed[site.name] = rptq.ChannelRange(ranges[site.name].min / s, ranges[site.name].max / s)
     return smoothed
-
-
-def _divide_norm(norm: Norm, s: torch.Tensor) -> None:
-    """Fold 1 / s into the norm, rounded to the dtype it is stored in, so that what is measured next is what is saved."""
-    one = 1.0 if norm.kind == "rmsnorm_plus_one" else 0.0
-    if norm.weight is not None:
-        norm.weight = ((norm.weight.float() + one) / s - one).to(norm.weight.dtype)
-    if norm.bias is not None:
-        norm.bias = (norm.bias.float() / s).to(norm.bias.dtype)

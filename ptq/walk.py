@@ -15,6 +15,7 @@ from torch import nn
 import rptq
 from ptq import distributed, experts, quantizers, reorder, weights
 from ptq.architectures import Geometry, Spec
+from ptq.balance import balance
 from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
 from ptq.gram import Drift, Gram
@@ -137,6 +138,8 @@ def _fold(run: Run, forwards: Forwards, found: Statistics, prefix: str) -> tuple
     if recipe.smooth is not None:  # before the orders: the clusters are those of the smoothed channels
         found.ranges = reorder.smooth(block, spec, found.ranges, recipe.smooth)
         found.samples.clear()
+    if recipe.clusters.balance:
+        found = balance(block, spec, run.geometry, found)
     orders = reorder.plan_orders(found.ranges, recipe, spec, run.geometry, prefix)
     reorder.fold_orders(block, spec, run.geometry, orders)
     turned = reorder.fold_rotations(block, spec, orders) if recipe.clusters.rotate else {}

@@ -1,5 +1,6 @@
 """The arithmetic of RPTQ (arXiv 2304.01089): ranges, clusters, permutations and grids. Tensors in, tensors out."""
 
+from rptq.balance import balance_factors
 from rptq.clip import clip_ranges
 from rptq.cluster import kmeans_order, per_head_order
 from rptq.features import joint_features, range_features
@@ -15,6 +16,7 @@ __all__ = [
     "ActivationGrid",
     "ChannelRange",
     "Order",
+    "balance_factors",
     "channel_grid",
     "check_permutation",
     "clip_ranges",

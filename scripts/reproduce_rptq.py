@@ -33,6 +33,8 @@ PAPER_PRESETS = ("W4A16", "W4A8", "W4A4", "W4A4KV", "W4A3KV", "W3A3KV")
 ALL_4 = "W4A4KV4"
 STATIC, TOKEN = ("--act-grid", "cluster"), ("--act-grid", "token", "--groups", "64")
 HALF = ("--set", "pruning.sparsity=0.5", "--set", "pruning.storage=packed")
+# Atom's tiles are a share of each site's, which rounds otherwise than a share of a block's: no fewer 8-bit ones than in RPTQ+
+EQUAL_BITS = ("--set", "clusters.wide=0.1875")
 # in quotes, because YAML reads 2:4 as a number in base 60; an act-order would tear the groups of 4 apart
 TWO_OF_4 = ("--set", "pruning.keep='2:4'", "--set", "pruning.storage=packed", "--set", "weights.act_order=false")
 
@@ -41,10 +43,12 @@ TWO_OF_4 = ("--set", "pruning.keep='2:4'", "--set", "pruning.storage=packed", "-
 WITHOUT = {
     "rotate": ("Hadamard", "clusters.rotate=false"),
     "wide": ("8-bit tiles", "clusters.wide=0"),
+    "allot": ("tiles that compete", "clusters.allot=site"),
     "sinks": ("spared sinks", "activations.sinks=0"),
     "clip": ("clipping", "activations.clip=false"),
     "asymmetric": ("asymmetric targets", "weights.asymmetric=0"),
     "descend": ("descent on codes", "weights.descend=0"),
+    "damp": ("more damping", "weights.damp=0.01"),
     "narrow": ("narrowed weight grids", "weights.clip=false"),
     "sequence": ("true sequence", "true_sequential=false", "weights.asymmetric=0"),
 }
@@ -88,12 +92,13 @@ ROWS = (
     quantized(ALL_4, "gptq", "GPTQ", "gptq", *TOKEN),
     quantized(ALL_4, "smoothquant", "SmoothQuant", "smoothquant", *TOKEN),
     quantized(ALL_4, "peg", "PEG", "peg"),
-    quantized(ALL_4, "atom", "Atom", "atom"),
+    quantized(ALL_4, "atom", "Atom", "atom", *EQUAL_BITS),
     quantized(ALL_4, "quarot", "QuaRot", "quarot"),
     quantized(ALL_4, "rptq", "RPTQ", "rptq"),
     quantized(ALL_4, "rptq+50", "RPTQ+ 50% zeros", "rptq+", *HALF),
     quantized(ALL_4, "rptq+2:4", "RPTQ+ 2:4", "rptq+", *TWO_OF_4),
     *ablated("rptq+", "RPTQ+"),
+    quantized(ALL_4, "rptq+-balanced", "RPTQ+ with balanced channels", "rptq+", "--set", "clusters.balance=true"),
     *ablated("rptq+static", "RPTQ+ static", *STATIC),
 )
 RPTQ_NOTE = (

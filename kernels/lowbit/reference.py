@@ -72,21 +72,33 @@ def quantize_activation_tiles(x: torch.Tensor, bits: torch.Tensor, sizes: torch.
     low, high = tile_extremes(x.float(), sizes)  # [..., G]
     s = ((high - low) / top).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16().float()
     z = torch.round(-low / s)
-    C = x.shape[-1]
-    s, z, t, b = (v.repeat_interleave(sizes, dim=-1, output_size=C) for v in (s, z, top, bits))  # [..., G] -> [..., C]
-    codes = torch.round(x.float() / s).add_(z)
+    if _equal(sizes):
+        tiles = x.unflatten(-1, (sizes.numel(), -1))  # [..., C] -> [..., G, n]
+        s, z, t, b = (v.unsqueeze(-1) for v in (s, z, top, bits))  # [..., G] -> [..., G, 1]
+    else:
+        tiles, C = x, x.shape[-1]
+        s, z, t, b = (v.repeat_interleave(sizes, dim=-1, output_size=C) for v in (s, z, top, bits))  # [..., G] -> [..., C]
+    codes = torch.round(tiles.float() / s).add_(z)
     codes = torch.minimum(codes.clamp_(min=0), t)
-    return torch.where(b >= 16, x, codes.sub_(z).mul_(s).to(x.dtype))
+    return torch.where(b >= 16, tiles, codes.sub_(z).mul_(s).to(x.dtype)).reshape(x.shape)  # [..., G, n] -> [..., C]
 
 
 def tile_extremes(x: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """min(x, 0) and max(x, 0) over each tile: x [..., C], sizes int64 [G] -> [..., G] each."""
-    width = int(sizes.max())
-    starts = sizes.cumsum(0) - sizes
-    index = starts[:, None] + torch.arange(width, device=x.device)  # [G, n]
-    inside = torch.arange(width, device=x.device) < sizes[:, None]
-    tiles = x[..., index.clamp(max=x.shape[-1] - 1)].where(inside, x.new_zeros(()))  # [..., C] -> [..., G, n]
+    if _equal(sizes):
+        tiles = x.unflatten(-1, (sizes.numel(), -1))  # [..., C] -> [..., G, n]
+    else:
+        width = int(sizes.max())
+        starts = sizes.cumsum(0) - sizes
+        index = starts[:, None] + torch.arange(width, device=x.device)  # [G, n]
+        inside = torch.arange(width, device=x.device) < sizes[:, None]
+        tiles = x[..., index.clamp(max=x.shape[-1] - 1)].where(inside, x.new_zeros(()))  # [..., C] -> [..., G, n]
     return tiles.amin(-1).clamp_(max=0), tiles.amax(-1).clamp_(min=0)
+
+
+def _equal(sizes: torch.Tensor) -> bool:
+    """Whether all tiles are as wide, so that a view will do."""
+    return bool((sizes == sizes[0]).all())
 
 
 def dequantize_weight(

@@ -12,12 +12,17 @@ from ptq.architectures.spec import FusedQKV, Spec
 
 @dataclass(frozen=True)
 class Geometry:
-    """heads H, key/value heads, head width D, and how many of the D channels the rotary embedding turns."""
+    """heads H, key/value heads, head width D, and how many of the D channels the rotary embedding turns.
+
+    scaled_up: the linear whose rows scale the down projection's input channel by channel, by positive factors: the one that a gate's
+    activation multiplies, or the one before a ReLU. None where another activation lies between.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     rotary_dim: int
+    scaled_up: str | None
 
 
 def geometry_of(config: Any, spec: Spec) -> Geometry:
@@ -29,7 +34,16 @@ def geometry_of(config: Any, spec: Spec) -> Geometry:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=head_dim,
         rotary_dim=_rotary_dim(config, head_dim) if spec.rotary else 0,
+        scaled_up=_scaled_up(config, spec),
     )
+
+
+def _scaled_up(config: Any, spec: Spec) -> str | None:
+    if len(spec.up) == 2:
+        return spec.up[1]
+    names = ("activation_function", "hidden_act", "hidden_activation")
+    activations = {getattr(config, name, None) for name in names} - {None}
+    return spec.up[0] if activations == {"relu"} else None
 
 
 def _rotary_dim(config: Any, head_dim: int) -> int:

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTCo
 
 import rptq
 from ptq import reorder
+from ptq.balance import balance
 from ptq.blocks import linear_paths, load_block, norm_paths, run_block
 from ptq.recipe_build import build
-from ptq.sites import collect, until_last_input
+from ptq.sites import Statistics, collect, until_last_input
 
 # What folding each site needs in an Orders dict: R2 and R3 act on query heads too, under "q" and "o".
 PARTS = {"R1": ("R1",), "R2": ("R2", "q"), "R3": ("R3", "o"), "R4": ("R4",), "R5": ("R5",)}
@@ -34,12 +35,16 @@ def outputs(seen, block) -> torch.Tensor:
         return run_block(block, seen.states, seen.call)
 
 
-def measured(seen, block) -> dict[str, rptq.ChannelRange]:
+def statistics(seen, block) -> Statistics:
     def forward():
         until_last_input(lambda: run_block(block, seen.states, seen.call))
 
     with torch.no_grad():
-        return collect(block, seen.spec, seen.geometry, forward, ranges=True, hessians=False, where="block").ranges
+        return collect(block, seen.spec, seen.geometry, forward, ranges=True, hessians=False, where="block", every=1)
+
+
+def measured(seen, block) -> dict[str, rptq.ChannelRange]:
+    return statistics(seen, block).ranges
 
 
 def planned(seen) -> reorder.Orders:
@@ -180,6 +185,26 @@ def test_smoothing_changes_nothing(smooth_family, reordered, opened, model_folde
     if not reordered:
         for name, found in measured(seen, block).items():
             torch.testing.assert_close(ranges[name].max, found.max, rtol=1e-4, atol=1e-5)  # s is rounded with the norm
+
+
+@torch.no_grad()
+def test_balancing_changes_nothing(family, opened, model_folder):
+    seen = opened(model_folder(family))
+    block = fresh_block(seen)
+    before = {name: t.clone() for name, t in block.named_buffers()}
+    plain = outputs(seen, block)
+    found = balance(block, seen.spec, seen.geometry, statistics(seen, block))
+    moved = {name.rpartition(".")[0] for name, t in block.named_buffers() if not torch.equal(t, before[name])}
+    assert {seen.spec.output, seen.spec.qkv_linears[-1]} <= moved
+    assert (seen.spec.down in moved) == (seen.geometry.scaled_up is not None)
+    assert_same(outputs(seen, block), plain)
+    for name, ranges in statistics(seen, block).ranges.items():
+        torch.testing.assert_close(found.ranges[name].max, ranges.max, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_passes_gates_and_relu_only(opened, model_folder):
+    scaled = {family: opened(model_folder(family)).geometry.scaled_up for family in ("opt", "llama", "gpt2")}
+    assert scaled == {"opt": "fc1", "llama": "mlp.up_proj", "gpt2": None}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

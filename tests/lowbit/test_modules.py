@@ -400,3 +400,14 @@ def test_a_backend_takes_over_and_what_it_lacks_falls_back(monkeypatch):
 def test_codes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="does not fit in 3 bits"):
         pack(torch.tensor([[8]], dtype=torch.uint8), 3)
+
+
+def test_tiles_of_one_width_are_rounded_like_tiles_of_any():
+    x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0)).mul(torch.linspace(0.1, 9, 96))
+    bits = torch.tensor([4, 8, 3], dtype=torch.uint8)
+    together = ActivationQuantizer.tiles(bits, torch.tensor([32, 32, 32]))(x)
+    # a last tile of one more channel takes the general way, and changes nothing in the others
+    ragged = ActivationQuantizer.tiles(torch.cat([bits, bits[:1]]), torch.tensor([32, 32, 32, 1]))
+    assert torch.equal(ragged(torch.cat([x, x[..., :1]], -1))[..., :96], together)
+    for tile, width, rounded in zip(x.split(32, -1), bits.tolist(), together.split(32, -1)):
+        assert torch.equal(reference.quantize_activation_tiles(tile, torch.tensor([width]), torch.tensor([32])), rounded)

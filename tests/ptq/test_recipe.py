@@ -148,6 +148,7 @@ def test_recipes_cannot_change_under_a_run():
         "wide": None,
         "allot": "site",
         "rotate": False,
+        "balance": False,
     }
 
 
