@@ -6,6 +6,7 @@ from typing import Any
 
 import lowbit
 import torch
+from lowbit import integer
 from lowbit.experts import Experts
 from lowbit.sinks import attach as spare_sinks
 from torch import nn
@@ -15,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptq.architectures import FAMILIES, Spec, has_experts
 from ptq.consistency import check_filled, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
+from ptq.sites import block_sites, norm_of
 
 
 class PtqConfig(QuantizationConfigMixin):
@@ -70,6 +72,7 @@ class PtqQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, lowbit.Linear) and module.sparse is not None:
                 module.skip_zeros_()
+        run_on_integers(model, spec_of(model.config))
         if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != _attention_name():
             model.set_attn_implementation(_attention_name())
         sinks = max((m.sinks for m in model.modules() if isinstance(m, lowbit.ActivationQuantizer)), default=0)
@@ -89,6 +92,15 @@ class PtqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def run_on_integers(model: nn.Module, spec: Spec) -> None:
+    """Let every input site run on integer kernels whose linears all can."""
+    for block in model.get_submodule(spec.blocks):
+        for site in block_sites(spec, block):
+            linears, norm = [block.get_submodule(path) for path in site.linears], norm_of(block, site)
+            if site.router is None and all(isinstance(linear, lowbit.Linear) for linear in linears):
+                integer.take(linears, norm if isinstance(norm, lowbit.Norm) else None)
 
 
 def _attention_name() -> str:

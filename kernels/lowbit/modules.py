@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import integer
 from lowbit.backend import operation
 from lowbit.group4 import Group4, decompress
 from lowbit.group4 import compress as group4_compress
 from lowbit.packing import pack
+from lowbit.planar import PlanarWeight
 from lowbit.sinks import sink_rows
 from lowbit.sparse import bitmask_encode, index_bytes, nm_encode, slots_per_row
 from lowbit.sparse_linear import SparseTiles, pays, sparse_linear, sparse_tiles
@@ -76,6 +78,11 @@ class ActivationQuantizer(nn.Module):
             return self._rounded(x)
         return torch.where(sink_rows(x), x, self._rounded(x))
 
+    def spared(self, x: torch.Tensor) -> torch.Tensor | None:
+        """bool [..., 1]: the tokens of x that stay as they are, None if all are rounded."""
+        rows = sink_rows(x) if self.sinks else None
+        return rows if rows is not None and rows.any() else None
+
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "static":
             run = operation("quantize_activation_static", x.device.type)
@@ -98,6 +105,8 @@ class Linear(nn.Module):
     `weight_groups` int32 [G]. With codec "group4": `weight_packed`, `weight_scale`, `weight_minimum` of FlexGen's codec along R.
     At 16 bits: `weight` [R, C]. `bias` [R] or None. `input_quantizer` acts on x, `output_quantizer` on y (queries, keys, values).
     `rotation` is the block of the Hadamard transform of x (`lowbit.hadamard`), 1 for none; the weight's columns are in its basis.
+    `planar` is the weight once more, laid out for integer kernels (`lowbit.integer.take`), and `taken_over` the quantizer of the norm
+    before it, which acts here then.
 
     `sparse` says how zeros are left out (lowbit.sparse), None for not at all:
     {"kind": "bitmask", "kept": K}: `weight_mask` uint8 [R, ceil(C/8)], and the K kept entries as `weight_values` [K] at 16 bits, else
@@ -127,6 +136,8 @@ class Linear(nn.Module):
         self.bits, self.groups, self.codec, self.scale_dtype, self.sparse = bits, groups, codec, scale_dtype, sparse
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
         self.tiles: SparseTiles | None = None
+        self.planar: PlanarWeight | None = None
+        self.taken_over: tuple[ActivationQuantizer, ...] = ()
         for name, (shape, kind) in self._layout(dtype).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
@@ -321,6 +332,10 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
+        quantizer = self._quantizer()
+        if self.planar is not None and integer.runs(x):
+            y = integer.product(self._turned(x), self.planar, self.bias, quantizer)
+            return y if self.output_quantizer is None else self.output_quantizer(y)
         x = self.multiplied(x)
         if self._skips_zeros_of(x):
             y = sparse_linear(x, self.tiles, None if self.bias is None else self.bias.to(x.dtype))
@@ -330,9 +345,16 @@ class Linear(nn.Module):
 
     def multiplied(self, x: torch.Tensor) -> torch.Tensor:
         """What the weight multiplies of an input x [..., C]: rotated and quantized."""
-        if self.rotation > 1:
-            x = operation("rotate", x.device.type)(x, self.rotation)
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        quantizer = self._quantizer()
+        x = self._turned(x)
+        return x if quantizer is None else quantizer(x)
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.rotation == 1 else operation("rotate", x.device.type)(x, self.rotation)
+
+    def _quantizer(self) -> ActivationQuantizer | None:
+        """What rounds the input here: its own, or one taken over from the norm that makes it."""
+        return self.taken_over[0] if self.taken_over else self.input_quantizer
 
     def _skips_zeros_of(self, x: torch.Tensor) -> bool:
         plain = self.bits == 16 and self.sparse is None  # else the whole weight would have to be decoded first
@@ -357,6 +379,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 class Norm(nn.Module):
     """One module that normalizes, permutes, rotates and quantizes: quantize(rotate(norm(x)[..., permutation])).
 
+    `handed_over`: the linears behind it round its output themselves (`lowbit.integer.take`).
     Buffers: `weight` [C] and `bias` [C] as in the model (in the *unpermuted* order), `permutation` int32 [C] or None.
     """
 
@@ -378,6 +401,7 @@ class Norm(nn.Module):
         self.register_buffer("weight", torch.zeros(channels, dtype=dtype) if weight else None)
         self.register_buffer("bias", torch.zeros(channels, dtype=dtype) if bias else None)
         self.register_buffer("permutation", torch.zeros(channels, dtype=torch.int32) if permuted else None)
+        self.handed_over = False
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -418,7 +442,7 @@ class Norm(nn.Module):
         """x [..., C] -> [..., C], same dtype."""
         run = operation("norm", x.device.type)
         y = run(x, self.weight, self.bias, self.permutation, kind=self.kind, eps=self.eps, rotation=self.rotation)
-        return y if self.quantizer is None else self.quantizer(y)
+        return y if self.quantizer is None or self.handed_over else self.quantizer(y)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, permuted={self.permutation is not None}"

@@ -1,0 +1,227 @@
+// C entries of the integer linear over the planar layout: quantize activations, and spread blocks of rows over threads.
+#include "planar.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+const PlanarPath *select_path(int path) {
+#ifdef LOWBIT_X86
+    if (path != PORTABLE && has_avx2()) return &avx2_planar_path;
+#endif
+    return path == AVX2 ? nullptr : &portable_planar_path;
+}
+
+// Rounded to bfloat16, to even; not for NaN.
+float brief(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+struct Clusters {
+    long count;
+    const float *scale, *zero;  // null: each token's own
+    const std::uint8_t *bits;
+    const std::int64_t *sizes;
+    bool brief;  // steps of a token's own grid are bfloat16
+};
+
+struct Grid {
+    float scale, zero, top, offset;
+    bool broken;  // no grid, because of NaN or infinities
+};
+
+Grid own_grid(const PlanarPath &path, const Clusters &clusters, long c, const float *x) {
+    Grid grid = {0, 0, static_cast<float>((1 << clusters.bits[c]) - 1), 128, false};
+    float low, high;
+    grid.broken = path.extremes(x, clusters.sizes[c], &low, &high);
+    const float width = (high - low) / grid.top, tiny = std::numeric_limits<float>::min();
+    grid.scale = width > tiny ? width : tiny;
+    if (clusters.brief) grid.scale = brief(grid.scale);
+    grid.broken |= !(grid.scale <= std::numeric_limits<float>::max());
+    grid.zero = grid.broken ? 0 : std::rint(-low / grid.scale);
+    if (clusters.bits[c] < 8) grid.offset = grid.zero;
+    return grid;
+}
+
+Grid static_grid(const Clusters &clusters, long c) {
+    const float middle = static_cast<float>(1 << (clusters.bits[c] - 1));
+    return {clusters.scale[c], clusters.zero[c], 2 * middle - 1, middle, false};
+}
+
+// One tile of a token; `step` is null where all tokens share theirs.
+void quantize_tile(const PlanarPath &path, const Grid &grid, const float *x, long n, std::int8_t *a, float *step, float *shift,
+                   float *count) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    bool broken = grid.broken;
+    if (broken) std::memset(a, 0, PLANAR_TILE);
+    else broken = path.codes(x, n, grid.scale, grid.zero, grid.top, grid.offset, a);
+    int sum = 0;
+    for (long i = 0; i < PLANAR_TILE; ++i) sum += a[i];
+    *count = broken ? nan : grid.scale * static_cast<float>(sum);
+    if (!step) return;
+    *step = broken ? nan : grid.scale;
+    if (shift) *shift = grid.offset == grid.zero ? 0.0f : *step * (grid.offset - grid.zero);
+}
+
+void quantize_token(const PlanarPath &path, const Clusters &clusters, long tiles, const float *x, std::int8_t *a, float *step,
+                    float *shift, float *count) {
+    long tile = 0;
+    for (long c = 0; c < clusters.count; ++c) {
+        const long size = clusters.sizes[c];
+        const Grid grid = clusters.scale ? static_grid(clusters, c) : own_grid(path, clusters, c, x);
+        for (long done = 0; done < size; done += PLANAR_TILE, ++tile) {
+            const long n = size - done < PLANAR_TILE ? size - done : PLANAR_TILE;
+            quantize_tile(path, grid, x + done, n, a + tile * PLANAR_TILE, step ? step + tile : nullptr,
+                          shift ? shift + tile : nullptr, count + tile);
+        }
+        x += size;
+    }
+    for (; tile < tiles; ++tile) {
+        std::memset(a + tile * PLANAR_TILE, 0, PLANAR_TILE);
+        count[tile] = 0;
+        if (step) step[tile] = 1;
+        if (shift) shift[tile] = 0;
+    }
+}
+
+// The step and shift of all tokens.
+void share_grids(const Clusters &clusters, long tiles, float *step, float *shift) {
+    long tile = 0;
+    for (long c = 0; c < clusters.count; ++c) {
+        const Grid grid = static_grid(clusters, c);
+        for (long done = 0; done < clusters.sizes[c]; done += PLANAR_TILE, ++tile) {
+            step[tile] = grid.scale;
+            shift[tile] = grid.scale * (grid.offset - grid.zero);
+        }
+    }
+    for (; tile < tiles; ++tile) step[tile] = 1, shift[tile] = 0;
+}
+
+// Whether clusters cover C channels, boundaries between tiles, at bits the kernels take.
+bool fits(const Clusters &clusters, long C) {
+    long end = 0;
+    for (long c = 0; c < clusters.count; ++c) {
+        const std::int64_t size = clusters.sizes[c];
+        if (size < 0 || size > C - end || clusters.bits[c] < 2 || clusters.bits[c] > 8) return false;
+        if (size && end % PLANAR_TILE) return false;
+        end += size;
+    }
+    return end == C;
+}
+
+std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct PlanarWeight {
+    long bits, units, R;
+    const std::uint8_t *first, *second;
+    const float *tables;  // [blocks, kinds, 2 units, PLANAR_ROWS]
+    long kinds;           // scale and total, or with zero between them
+    const float *bias;
+};
+
+PlanarBlock block_at(const PlanarWeight &w, long row) {
+    const long table = 2 * w.units * PLANAR_ROWS, next = w.kinds * table;
+    const float *scale = w.tables + row / PLANAR_ROWS * next, *total = scale + next - table;
+    return {w.first + row * w.units * first_bytes(w.bits),
+            w.second ? w.second + row * w.units * second_bytes(w.bits) : nullptr,
+            scale,
+            w.kinds == 3 ? scale + table : nullptr,
+            total,
+            w.bias ? w.bias + row : nullptr,
+            next};
+}
+
+// The last rows where they do not fill a block, zeros after them. Returns what to free; null where memory ran out.
+void *pad_tail(const PlanarWeight &w, PlanarBlock &tail) {
+    const long full = w.R / PLANAR_ROWS * PLANAR_ROWS, rows = w.R - full;
+    const std::size_t a = w.units * first_bytes(w.bits), b = w.units * second_bytes(w.bits);
+    char *memory = static_cast<char *>(std::calloc(PLANAR_ROWS, a + b + sizeof(float)));
+    if (!memory) return nullptr;
+    tail = block_at(w, full);
+    char *second = memory + PLANAR_ROWS * a, *bias = second + PLANAR_ROWS * b;
+    std::memcpy(memory, tail.first, rows * a);
+    tail.first = reinterpret_cast<std::uint8_t *>(memory);
+    if (tail.second) tail.second = static_cast<std::uint8_t *>(std::memcpy(second, tail.second, rows * b));
+    if (tail.bias) tail.bias = static_cast<float *>(std::memcpy(bias, tail.bias, rows * sizeof(float)));
+    return memory;
+}
+
+void spread_rows(const PlanarPath &path, int threads, const PlanarActivations &x, const PlanarWeight &w, const PlanarBlock &tail,
+                 float *y) {
+    const long blocks = (w.R + PLANAR_ROWS - 1) / PLANAR_ROWS, parts = blocks < threads ? blocks : threads;
+#pragma omp parallel for num_threads(parts) schedule(static)
+    for (long part = 0; part < parts; ++part)
+        for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+            const long row = block * PLANAR_ROWS, left = w.R - row;
+            if (left >= PLANAR_ROWS) path.rows(x, w.bits, block_at(w, row), PLANAR_ROWS, y + row, w.R);
+            else path.rows(x, w.bits, tail, left, y + row, w.R);
+        }
+}
+
+// A token with NaN in its counts has NaN in its outputs, also where no zero point multiplies them.
+void spread_nan(const PlanarActivations &x, long R, float *y) {
+    for (long t = 0; t < x.T; ++t) {
+        bool nan = false;
+        for (long g = 0; g < x.tiles; ++g) nan |= x.count[t * x.tiles + g] != x.count[t * x.tiles + g];
+        if (nan)
+            for (long r = 0; r < R; ++r) y[t * R + r] = std::numeric_limits<float>::quiet_NaN();
+    }
+}
+
+}  // namespace
+
+// Codes a [T, 64 tiles], count [T, tiles], step and shift [T, tiles]; with scale and zero, of static grids, step and shift [tiles].
+// Without them shift may be null.
+// Returns 0; 2 where this machine lacks the path; 3 for clusters that do not fit.
+EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long tiles, long clusters, long brief_steps, const float *x,
+                                  const float *scale, const float *zero, const std::uint8_t *bits, const std::int64_t *sizes,
+                                  std::int8_t *a, float *step, float *shift, float *count) {
+    const PlanarPath *chosen = select_path(path);
+    if (!chosen) return 2;
+    const Clusters all = {clusters, scale, zero, bits, sizes, brief_steps != 0};
+    if (!fits(all, C)) return 3;
+    if (scale) {
+        share_grids(all, tiles, step, shift);
+        step = shift = nullptr;
+    }
+    // Fewer numbers than this are not worth a thread.
+    const long worth = T * C >> 15, parts = worth < 1 ? 1 : worth < threads ? worth : threads;
+#pragma omp parallel for num_threads(parts) schedule(static)
+    for (long t = 0; t < T; ++t)
+        quantize_token(*chosen, all, tiles, x + t * C, a + t * tiles * PLANAR_TILE, step ? step + t * tiles : nullptr,
+                       shift ? shift + t * tiles : nullptr, count + t * tiles);
+    return 0;
+}
+
+// y [T, R]. Returns 0; 1 where memory ran out; 2 where this machine lacks the path. Absent arrays are null.
+EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long tiles, long R, long kinds, long grid_stride,
+                                const std::int8_t *a, const float *step, const float *shift, const float *count,
+                                const std::uint8_t *first, const std::uint8_t *second, const float *tables, const float *bias, float *y) {
+    const PlanarPath *chosen = select_path(path);
+    if (!chosen) return 2;
+    const std::size_t entries = T * tiles * PLANAR_TILE, excesses = T * tiles * sizeof(std::int32_t);
+    std::int8_t *scratch = static_cast<std::int8_t *>(std::aligned_alloc(64, whole_lines(entries + excesses)));
+    const PlanarWeight w = {bits, tiles / 2, R, first, second, tables, kinds, bias};
+    PlanarBlock tail = {};
+    void *padded = pad_tail(w, tail);
+    const bool ready = scratch && padded;
+    if (ready) {
+        std::int32_t *excess = reinterpret_cast<std::int32_t *>(scratch + entries);
+        const PlanarActivations x = {T, tiles, a, step, shift, grid_stride, count, scratch, excess};
+        const long parts = T < threads ? T : threads;
+#pragma omp parallel for num_threads(parts) schedule(static)
+        for (long part = 0; part < parts; ++part) chosen->pack(x, bits, T * part / parts, T * (part + 1) / parts);
+        spread_rows(*chosen, threads, x, w, tail, y);
+        spread_nan(x, R, y);
+    }
+    std::free(padded);
+    std::free(scratch);
+    return ready ? 0 : 1;
+}

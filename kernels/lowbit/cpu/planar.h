@@ -1,0 +1,47 @@
+// Integer products over the planar layout (lowbit/planar.py): what the C entries hand to the kernels of one instruction set.
+#pragma once
+#include <cstdint>
+
+#include "cpu.h"
+
+// Channels that share a scale, channels that share bytes, rows that a kernel is handed at a time.
+constexpr long PLANAR_TILE = 64, PLANAR_UNIT = 128, PLANAR_ROWS = 16;
+
+// Bytes of a unit's first and second plane.
+constexpr long first_bytes(int bits) { return bits == 8 ? 128 : bits == 4 ? 64 : 32; }
+constexpr long second_bytes(int bits) { return bits == 3 ? 16 : 0; }
+
+// Tokens' grids are `grid_stride` apart, 0 where all share one. `packed` and `excess` are the path's own, made by its `pack`.
+struct PlanarActivations {
+    long T, tiles;
+    const std::int8_t *a;      // [T, 64 tiles]
+    const float *step, *shift;  // shift may be null
+    long grid_stride;
+    const float *count;         // [T, tiles]
+    std::int8_t *packed;        // T * 64 tiles
+    std::int32_t *excess;       // [T, tiles]
+};
+
+// PLANAR_ROWS rows of a weight, or as many as are left of it.
+struct PlanarBlock {
+    const std::uint8_t *first, *second;  // planes, rows of tiles / 2 units; second may be null
+    const float *scale, *zero, *total;   // [tiles, PLANAR_ROWS]; zero may be null
+    const float *bias;                   // or null
+    long next;                           // floats from these tables to the next block's
+};
+
+struct PlanarPath {
+    // Fills packed and excess of tokens [from, to).
+    void (*pack)(const PlanarActivations &x, int bits, long from, long to);
+    // y[t * R + r] for all tokens and `rows` rows; a block of fewer than PLANAR_ROWS is padded.
+    void (*rows)(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R);
+    // The least and the largest of n floats and 0; true where one is no number.
+    bool (*extremes)(const float *x, long n, float *low, float *high);
+    // a[i] = clamp(round(x[i] / scale) + zero, 0, top) - offset for a tile of n <= 64 channels, 0 beyond; true where x has NaN, 0 there.
+    bool (*codes)(const float *x, long n, float scale, float zero, float top, float offset, std::int8_t *a);
+};
+
+extern const PlanarPath portable_planar_path;
+#ifdef LOWBIT_X86
+extern const PlanarPath avx2_planar_path;
+#endif

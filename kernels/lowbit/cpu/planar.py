@@ -1,0 +1,123 @@
+"""The integer linear over the planar layout by the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.cpu import native
+from lowbit.planar import TILE, PlanarWeight, padded_channels
+from lowbit.planar_reference import Quantized, check_clusters
+
+CLUSTERS_DO_NOT_FIT = 3
+FLOAT = torch.float32
+
+
+def quantize_tiles(x: Tensor, bits: Tensor, sizes: Tensor, *, path: str = "fastest") -> Quantized:
+    """`lowbit.planar_reference.quantize_tiles_planar` of a float32 CPU tensor, on torch.get_num_threads() threads.
+
+    sizes: int64. path: as for the sweep. Raises ValueError for tensors that do not fit, or a path that this machine lacks.
+    """
+    return _quantize(x, None, None, bits, sizes, brief=True, path=path)
+
+
+def quantize_token(x: Tensor, bits: int, *, path: str = "fastest") -> Quantized:
+    """`lowbit.planar_reference.quantize_token_planar`; arguments and errors as `quantize_tiles`."""
+    one = torch.tensor([bits], dtype=torch.uint8), torch.tensor([_matrix(x)[1]])
+    return _quantize(x, None, None, *one, brief=False, path=path)
+
+
+def quantize_static(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor, sizes: Tensor, *, path: str = "fastest"
+) -> Quantized:
+    """`lowbit.planar_reference.quantize_static_planar`; arguments and errors as `quantize_tiles`."""
+    return _quantize(x, scale, zero, bits, sizes, brief=False, path=path)
+
+
+def planar_linear(
+    a: Tensor,
+    step: Tensor,
+    shift: Tensor | None,
+    count: Tensor,
+    weight: PlanarWeight,
+    bias: Tensor | None = None,
+    *,
+    path: str = "fastest",
+) -> Tensor:
+    """`lowbit.planar_reference.planar_linear` of CPU tensors in float32 sums, on torch.get_num_threads() threads.
+
+    A token's result depends on neither the other tokens nor the number of threads. path: as for the sweep. Raises ValueError for
+    tensors of other shapes or dtypes than the reference takes or not contiguous, or a path that this machine lacks; MemoryError.
+    """
+    T, G, R = a.shape[0] if a.dim() else 0, weight.tiles, weight.rows
+    _check("a", a, torch.int8, (T, G * TILE))
+    shared = T != 1 and step.shape[:1] == (1,)
+    _check("step", step, FLOAT, (1 if shared else T, G))
+    _check("count", count, FLOAT, (T, G))
+    _check("weight.scale", weight.scale, FLOAT, (G, R))
+    if shift is not None:
+        _check("shift", shift, FLOAT, (step.shape[0], G))
+    if bias is not None:
+        _check("bias", bias, FLOAT, (R,))
+    y = torch.empty(T, R)
+    if y.numel() == 0:
+        return y
+    first, second = (*weight.planes, None)[:2]
+    activations = a, step, shift, count
+    weights = first, second, weight.tables, bias
+    sizes = weight.bits, T, G, R, weight.tables.shape[1], 0 if shared else G
+    status = _call("lowbit_planar_linear", path, sizes, (*activations, *weights, y))
+    native.check(status, f"lowbit's planar linear found no memory for {T} tokens of {G * TILE} channels", path)
+    return y
+
+
+def _quantize(x, scale, zero, bits, sizes, *, brief: bool, path: str) -> Quantized:
+    T, C = _matrix(x)
+    n = sizes.numel()
+    _check("bits", bits, torch.uint8, (n,))
+    _check("sizes", sizes, torch.int64, (n,))
+    if scale is not None:
+        _check("scale", scale, FLOAT, (n,))
+        _check("zero", zero, FLOAT, (n,))
+    own, G = scale is None, padded_channels(C) // TILE
+    a, count = torch.empty(T, G * TILE, dtype=torch.int8), torch.empty(T, G)
+    step = torch.empty(T if own else 1, G)
+    shift = None if own and 8 not in bits.tolist() else torch.empty_like(step)
+    tensors = x, scale, zero, bits, sizes, a, step, shift, count
+    status = _call("lowbit_planar_quantize", path, (T, C, G, n, brief), tensors)
+    native.check(status, "", path)
+    if status == CLUSTERS_DO_NOT_FIT:
+        check_clusters(x, bits, sizes)
+        raise ValueError(f"clusters of {sizes.tolist()} channels do not fit {C}")
+    return a, step, shift, count
+
+
+@cache
+def _function(name: str, sizes: int, tensors: int):
+    """The C function (path, threads, sizes, arrays), told its types: ctypes then takes plain numbers, in a fifth of the time."""
+    function = getattr(native.library(), name)
+    function.argtypes = (ctypes.c_int, ctypes.c_int, *[ctypes.c_long] * sizes, *[ctypes.c_void_p] * tensors)
+    return function
+
+
+def _call(name: str, path: str, sizes: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> int:
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    function = _function(name, len(sizes), len(tensors))
+    return function(native.PATHS[path], torch.get_num_threads(), *sizes, *pointers)
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    if x.dim() != 2:
+        raise ValueError(f"x must be a contiguous {FLOAT} of shape [T, C] on the CPU, got shape {list(x.shape)}")
+    _check("x", x, FLOAT, tuple(x.shape))
+    return x.shape[0], x.shape[1]
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    fits = tensor.dtype == dtype and tensor.shape == shape
+    if not fits or not tensor.is_contiguous() or not tensor.is_cpu:
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+        raise ValueError(f"{name} must be a contiguous {dtype} of shape {list(shape)} on the CPU, got {found}")

@@ -1,0 +1,75 @@
+// The integer linear over the planar layout without instructions of its own: a row's codes, then a product with each token.
+#include <cmath>
+
+#include "planar.h"
+
+namespace {
+
+// Centred codes of one unit.
+void spread_unit(int bits, const std::uint8_t *first, const std::uint8_t *second, std::int8_t *v) {
+    for (long j = 0; j < PLANAR_UNIT; ++j) {
+        int q = 0;
+        if (bits == 8) q = first[j] ^ 128;
+        else if (bits == 4) q = (first[j % 64] >> (j / 64 * 4) & 15) ^ 8;
+        else q = first[j % 32] >> (j / 32 * 2) & 3;
+        if (bits == 3) q |= ((second[j % 16] >> (j / 16) & 1) ^ 1) << 2;
+        if (bits == 2) q ^= 2;
+        v[j] = static_cast<std::int8_t>(q - (1 << (bits - 1)));
+    }
+}
+
+float add_tile(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long r, const std::int8_t *v, float y) {
+    const std::int8_t *a = x.a + (t * x.tiles + g) * PLANAR_TILE;
+    int dot = 0;
+    for (long i = 0; i < PLANAR_TILE; ++i) dot += a[i] * v[i];
+    y += static_cast<float>(dot) * x.step[t * x.grid_stride + g] * w.scale[g * PLANAR_ROWS + r];
+    if (w.zero) y -= w.zero[g * PLANAR_ROWS + r] * x.count[t * x.tiles + g];
+    if (x.shift) y += w.total[g * PLANAR_ROWS + r] * x.shift[t * x.grid_stride + g];
+    return y;
+}
+
+void planar_rows(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R) {
+    const long units = x.tiles / 2;
+    for (long r = 0; r < rows; ++r) {
+        for (long t = 0; t < x.T; ++t) y[t * R + r] = w.bias ? w.bias[r] : 0.0f;
+        for (long u = 0; u < units; ++u) {
+            std::int8_t v[PLANAR_UNIT];
+            const std::uint8_t *second = w.second ? w.second + (r * units + u) * second_bytes(bits) : nullptr;
+            spread_unit(bits, w.first + (r * units + u) * first_bytes(bits), second, v);
+            for (long t = 0; t < x.T; ++t)
+                for (long g = 0; g < 2; ++g)
+                    y[t * R + r] = add_tile(x, w, t, 2 * u + g, r, v + g * PLANAR_TILE, y[t * R + r]);
+        }
+    }
+}
+
+void pack_nothing(const PlanarActivations &, int, long, long) {}
+
+bool extremes(const float *x, long n, float *low, float *high) {
+    bool nan = false;
+    *low = *high = 0;
+    for (long i = 0; i < n; ++i) {
+        nan |= x[i] != x[i];
+        if (x[i] < *low) *low = x[i];
+        if (x[i] > *high) *high = x[i];
+    }
+    return nan;
+}
+
+bool codes(const float *x, long n, float scale, float zero, float top, float offset, std::int8_t *a) {
+    bool nan = false;
+    for (long i = 0; i < PLANAR_TILE; ++i) {
+        if (i >= n || x[i] != x[i]) {
+            nan |= i < n;
+            a[i] = 0;
+            continue;
+        }
+        const float q = std::rint(x[i] / scale) + zero;
+        a[i] = static_cast<std::int8_t>((q < 0 ? 0 : q > top ? top : q) - offset);
+    }
+    return nan;
+}
+
+}  // namespace
+
+const PlanarPath portable_planar_path = {pack_nothing, planar_rows, extremes, codes};

@@ -1,0 +1,123 @@
+"""Linears on integer kernels: codes of what enters them, and products with planar weights.
+
+Inputs without a grid, those of weight-only linears and of spared sinks, are written as sums of three int8 codes, each of what those
+before it left over, which is as fine as float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.cpu import native
+from lowbit.planar import TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
+
+EXACT = 3  # int8 codes a number
+
+
+def runs(x: Tensor) -> bool:
+    """Whether integer kernels take this tensor: float32, on a CPU that has them, and no gradient is asked."""
+    wanted = x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+    return wanted and native.fast_avx2()
+
+
+def take(linears, norm=None) -> bool:
+    """Run `lowbit.Linear`s that share their input on integer kernels from now on, if all of them can; returns whether they can.
+
+    They can where every code is stored, and weight groups and the input's clusters are whole tiles of 64 channels. The layout is made
+    beside the stored tensors and is not saved.
+    norm: the `lowbit.Norm` that makes the input, if one does; all that multiplies its output must be in `linears`, because its
+    quantizer acts in them then.
+    """
+    quantizers = [linear.input_quantizer if norm is None else norm.quantizer for linear in linears]
+    weights = [_laid_out(linear, quantizer) for linear, quantizer in zip(linears, quantizers)]
+    if any(weight is None for weight in weights):
+        return False
+    for linear, weight in zip(linears, weights):
+        linear.planar = weight
+    if norm is not None and norm.quantizer is not None:
+        norm.handed_over = True
+        for linear in linears:
+            linear.taken_over = (norm.quantizer,)  # in a tuple, where it is no second owner of its tensors
+    return True
+
+
+def _laid_out(linear, quantizer) -> PlanarWeight | None:
+    if linear.bits == 16 or linear.codec != "grid" or linear.sparse is not None:
+        return None
+    if quantizer is not None and not _takes(quantizer, linear.in_features):
+        return None
+    stored = linear.weight_packed, linear.weight_scale, linear.weight_zero, linear.weight_groups
+    try:
+        return planar_weight(*stored, bits=linear.bits, channels=linear.in_features)
+    except ValueError:  # groups inside a tile
+        return None
+
+
+def _takes(quantizer, channels: int) -> bool:
+    if quantizer.mode == "token":
+        return True
+    if quantizer.mode not in ("static", "tile") or int(quantizer.bits.max()) > 8:
+        return False
+    try:
+        tile_owners(quantizer.sizes, channels)
+    except ValueError:  # clusters inside a tile
+        return False
+    return True
+
+
+def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
+    """quantizer(x) W^T + bias by integer kernels: x float32 [..., C] -> [..., R]. Rows that `quantizer` spares keep full precision."""
+    flat = x.reshape(-1, x.shape[-1])  # [..., C] -> [T, C]
+    bias = None if bias is None else bias.float()
+    if quantizer is None:
+        y = _unrounded(flat, weight, bias)
+    else:
+        y = _rounded(flat, weight, bias, quantizer)
+        spared = quantizer.spared(x)
+        if spared is not None:
+            rows = spared.flatten()  # [..., 1] -> [T]
+            y[rows] = _unrounded(flat[rows], weight, bias)
+    return y.view(*x.shape[:-1], weight.rows)  # [T, R] -> [..., R]
+
+
+def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
+    from lowbit.cpu import planar as cpu
+
+    x = x.contiguous()
+    if quantizer.mode == "static":
+        codes = cpu.quantize_static(x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long())
+    elif quantizer.mode == "tile":
+        codes = cpu.quantize_tiles(x, quantizer.bits, quantizer.sizes.long())
+    else:
+        codes = cpu.quantize_token(x, quantizer.token_bits)
+    return cpu.planar_linear(*codes, weight, bias)
+
+
+def _unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias with each number of x as a sum of EXACT int8 codes: x [T, C] -> [T, R]."""
+    from lowbit.cpu import planar as cpu
+
+    a, step = exact_codes(x, EXACT)  # [N, T, Kp], [N, T, G]
+    counts = step * a.unflatten(2, (-1, TILE)).sum(3, dtype=torch.int32)  # [N, T, G, 64] -> [N, T, G]
+    y = cpu.planar_linear(a.flatten(0, 1), step.flatten(0, 1), None, counts.flatten(0, 1), weight)  # [N T, R]
+    y = y.view(EXACT, len(x), weight.rows).sum(0)  # [N T, R] -> [N, T, R] -> [T, R]
+    return y if bias is None else y.add_(bias)
+
+
+def exact_codes(x: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """x ~ sum_n step[n] a[n]: a int8 [N, T, Kp], step float32 [N, T, G], of a tile max|x| / 127, then each 1/254 of the one before.
+
+    What is left over is at most half the last step: 2^-15 of a tile's largest number after two terms, 2^-23 after three.
+    """
+    left = F.pad(x, (0, padded_channels(x.shape[1]) - x.shape[1])).unflatten(1, (-1, TILE))  # [T, C] -> [T, G, 64]
+    step = (left.abs().amax(2) / 127).clamp_(min=torch.finfo(torch.float32).tiny)  # [T, G]
+    codes, steps = [], []
+    for _ in range(terms):
+        a = torch.round(left / step[..., None]).clamp_(-127, 127)
+        left = left - a * step[..., None]
+        codes.append(a.to(torch.int8).flatten(1))  # [T, G, 64] -> [T, Kp]
+        steps.append(step)
+        step = (step / 254).clamp_(min=torch.finfo(torch.float32).tiny)
+    return torch.stack(codes), torch.stack(steps)

@@ -1,0 +1,203 @@
+"""The weight layout that the integer kernels read: codes in planes of whole bits, grids a tile of 64 channels.
+
+It is made when a model is loaded, from the tensors of the disk format, and is the same bytes on every device. In-channels are padded with
+zero codes to Kp, a multiple of UNIT = 128. Codes are centred, v = q - 2^(b-1), in two's complement, a row's bytes contiguous:
+
+- 8 bits: one plane int8 [R, Kp].
+- 4 bits: one plane uint8 [R, Kp/2]. Byte j < 64 of a unit: channel j in its low nibble, channel 64 + j in its high nibble.
+- 3 bits: a plane uint8 [R, Kp/4] of the low two bits, then a plane uint8 [R, Kp/8] of the sign bit.
+- 2 bits: the plane uint8 [R, Kp/4] alone.
+
+Byte j < 32 of a unit's two-bit plane: channels j, 32 + j, 64 + j, 96 + j in bits 0-1, 2-3, 4-5, 6-7. Byte j < 16 of a unit's sign plane:
+channels j, 16 + j, ..., 112 + j in bits 0 to 7. The sign stands apart because a kernel with unsigned codes, v + 4, then only inverts a
+plane of one bit, and one with signed codes finds v times 32 in the top bits of a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.packing import unpack
+
+TILE, UNIT = 64, 128
+BLOCK = 16  # rows whose grids a CPU kernel reads together
+# bits -> (channels in a byte of the plane, dtype) for each plane
+PLANES = {
+    8: ((1, torch.int8),),
+    4: ((2, torch.uint8),),
+    3: ((4, torch.uint8), (8, torch.uint8)),
+    2: ((4, torch.uint8),),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PlanarWeight:
+    """W[r, c] = scale[g, r] v[r, c] - zero[g, r] in tile g = c // 64, for R rows of `channels` channels, G = Kp / 64 tiles.
+
+    planes: the codes, as the module says. scale, zero, total: float32 [G, R]; zero = scale (z - 2^(b-1)), None where every zero point z
+    is 2^(b-1); total is the sum of W over the tile's channels. A tile of padding has scale, zero and total 0.
+
+    Raises:
+        ValueError: tensors of other shapes or dtypes, not contiguous, or on several devices.
+    """
+
+    bits: int
+    channels: int
+    rows: int
+    planes: tuple[Tensor, ...]
+    scale: Tensor
+    zero: Tensor | None
+    total: Tensor
+
+    def __post_init__(self):
+        if self.bits not in PLANES or len(self.planes) != len(PLANES[self.bits]) or self.channels < 1:
+            raise ValueError(
+                f"{len(self.planes)} planes of {self.bits}-bit codes, {self.channels} channels: use planar_weight"
+            )
+        for plane, (per_byte, dtype) in zip(self.planes, PLANES[self.bits]):
+            self._check("a plane", plane, dtype, (self.rows, self.padded // per_byte))
+        for name in ("scale", "zero", "total"):
+            if name != "zero" or self.zero is not None:
+                self._check(name, getattr(self, name), torch.float32, (self.tiles, self.rows))
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """scale, zero if there is one, and total in the order a CPU reads them: float32 [ceil(R / 16), 2 or 3, G, 16], zeros after row R.
+
+        As they are stored, a row's scales lie R floats apart, each on a page of its own. Made when first asked for.
+        """
+        rows = -(-self.rows // BLOCK)
+        grids = torch.stack([t for t in (self.scale, self.zero, self.total) if t is not None])  # [n, G, R]
+        blocks = F.pad(grids, (0, rows * BLOCK - self.rows)).unflatten(
+            2, (rows, BLOCK)
+        )  # [n, G, R] -> [n, G, blocks, 16]
+        return blocks.permute(2, 0, 1, 3).contiguous()
+
+    @property
+    def padded(self) -> int:
+        """Kp."""
+        return padded_channels(self.channels)
+
+    @property
+    def tiles(self) -> int:
+        """G."""
+        return self.padded // TILE
+
+    def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        fits = tensor.dtype == dtype and tensor.shape == shape and tensor.device == self.scale.device
+        if not fits or not tensor.is_contiguous():
+            found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+            raise ValueError(f"{name} must be contiguous {dtype} {list(shape)} on {self.scale.device}, got {found}")
+
+
+def padded_channels(channels: int) -> int:
+    """Kp: channels filled up to whole units."""
+    return -(-channels // UNIT) * UNIT
+
+
+def tile_owners(sizes: Tensor, channels: int) -> Tensor:
+    """int64 [ceil(channels / 64)]: which run of `sizes` [n] (weight groups, clusters of an activation) each tile lies in.
+
+    Raises:
+        ValueError: sizes that do not cover the channels, or a boundary inside a tile.
+    """
+    ends = sizes.long().cumsum(0)
+    if channels < 1 or sizes.numel() == 0 or int(sizes.min()) < 0 or int(ends[-1]) != channels:
+        raise ValueError(f"sizes sum to {int(sizes.sum())}; they must cover {channels} channels, at least one")
+    inside = (ends % TILE != 0) & (ends < channels)
+    if inside.any():
+        raise ValueError(
+            f"a boundary at channel {int(ends[inside][0])} lies inside a tile: make every group or cluster but the last "
+            f"a multiple of {TILE} channels"
+        )
+    starts = torch.arange(0, channels, TILE, device=ends.device)
+    return torch.searchsorted(ends, starts, right=True)
+
+
+def planar_weight(
+    packed: Tensor, scale: Tensor, zero: Tensor, sizes: Tensor, *, bits: int, channels: int
+) -> PlanarWeight:
+    """Lay out a packed weight for the integer kernels.
+
+    Args:
+        packed: uint8 [R, ceil(C bits/8)], as in `lowbit.Linear`.
+        scale: float [R, n].
+        zero: uint8 [R, ceil(n bits/8)], packed like the codes.
+        sizes: integer [n], channels per group, sum C; each but the last a multiple of 64.
+        bits: 8, 4, 3 or 2.
+        channels: C.
+
+    Raises:
+        ValueError: a tile that straddles two groups, or tensors that do not fit each other.
+    """
+    owner = tile_owners(sizes, channels)  # [tiles with channels]
+    n, R = sizes.numel(), packed.shape[0]
+    if scale.shape != (R, n) or zero.shape[0] != R:
+        raise ValueError(f"scale {list(scale.shape)}, zero {list(zero.shape)}: {R} rows of {n} groups need [{R}, {n}]")
+    middle = 2 ** (bits - 1)
+    codes = unpack(packed, bits, channels)  # [R, C]
+    Kp = padded_channels(channels)
+    v = F.pad((codes ^ middle).view(torch.int8) if bits == 8 else codes.view(torch.int8) - middle, (0, Kp - channels))
+    G = Kp // TILE
+    sums = v.unflatten(1, (G, TILE)).sum(2, dtype=torch.int32).t()  # [R, Kp] -> [G, R]
+    wide = F.pad(scale.float().t()[owner], (0, 0, 0, G - owner.numel()))  # [R, n] -> [G, R]
+    centred = unpack(zero, bits, n).t()[owner].float() - middle  # [R, n] -> [tiles with channels, R]
+    shifts = wide * F.pad(centred, (0, 0, 0, G - owner.numel()))  # [G, R]
+    inside = (channels - torch.arange(0, Kp, TILE, device=v.device)).clamp(0, TILE)[:, None]  # [G, 1]
+    total = (wide.double() * sums - shifts.double() * inside).float()
+    symmetric = not bool(centred.any())
+    grids = wide.contiguous(), None if symmetric else shifts.contiguous(), total.contiguous()
+    return PlanarWeight(bits, channels, R, _to_planes(v.contiguous(), bits), *grids)
+
+
+def unplanar(weight: PlanarWeight) -> Tensor:
+    """The centred codes v int8 [R, C] that `planar_weight` laid out."""
+    return padded_codes(weight)[:, : weight.channels].contiguous()
+
+
+def padded_codes(weight: PlanarWeight) -> Tensor:
+    """The centred codes with their padding, int8 [R, Kp]."""
+    if weight.bits == 8:
+        return weight.planes[0]
+    if weight.bits == 4:
+        return _signed(_fields(weight.planes[0], 4, 64), 4)
+    low = _fields(weight.planes[0], 2, 32)
+    return _signed(low, 2) if weight.bits == 2 else _signed(low | _fields(weight.planes[1], 1, 16) << 2, 3)
+
+
+def _to_planes(v: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """v int8 [R, Kp] -> the planes."""
+    if bits == 8:
+        return (v,)
+    codes = v.view(torch.uint8) & (2**bits - 1)
+    if bits == 4:
+        return (_merged(codes, 4, 64),)
+    low = _merged(codes & 3, 2, 32)
+    return (low,) if bits == 2 else (low, _merged(codes >> 2, 1, 16))
+
+
+def _merged(codes: Tensor, bits: int, octets: int) -> Tensor:
+    """Codes [R, Kp] -> bytes [R, Kp bits/8]: byte j of a unit holds its channels j, octets + j, ... from the low bits up."""
+    fields = codes.unflatten(1, (-1, 8 // bits, octets))  # [R, Kp] -> [R, units, 8 / bits, octets]
+    merged = fields[:, :, 0].clone()
+    for k in range(1, 8 // bits):
+        merged |= fields[:, :, k] << k * bits
+    return merged.flatten(1)  # [R, units, octets] -> [R, Kp bits/8]
+
+
+def _fields(plane: Tensor, bits: int, octets: int) -> Tensor:
+    """Inverse of `_merged`."""
+    units = plane.unflatten(1, (-1, octets))  # [R, units, octets]
+    fields = [units >> k * bits & 2**bits - 1 for k in range(8 // bits)]
+    return torch.stack(fields, 2).flatten(1)  # [R, units, 8 / bits, octets] -> [R, Kp]
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    """Two's complement of `bits` bits, uint8 -> int8."""
+    sign = 2 ** (bits - 1)
+    return (codes ^ sign).view(torch.int8) - sign

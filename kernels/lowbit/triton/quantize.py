@@ -1,0 +1,196 @@
+"""Activations to int8 codes in Triton, in one pass with what comes before: residual sum, norm, gather of the channels, rotation.
+
+One program owns a token, as [tiles, 64] in registers. The decisions are those of `lowbit.planar_reference`; the results are laid out as
+`lowbit.triton.planar_linear` reads them, the grids with tokens contiguous, all with memory for whole blocks of tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.triton.planar_linear import padded_tokens
+
+TILE, UNIT = 64, 128
+ROTATION = 64
+NORMS = {None: 0, "layernorm": 1, "rmsnorm": 2, "rmsnorm_plus_one": 3}
+OPTIONS = {
+    "num_stages": 1,
+    "enable_fp_fusion": False,
+}  # a fused product would round once where the formulas round twice
+# Channels that a thread holds, at most.
+HELD = 32
+TINY = tl.constexpr(1.1754943508222875e-38)
+EXACT = tl.constexpr(4194304.0)
+MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _rounded(v):
+    """Half to even: adding 1.5 * 2^23 leaves no bits for a fraction. Larger numbers, infinities and NaN have none."""
+    return tl.where(tl.abs(v) < EXACT, (v + MAGIC) - MAGIC, v)
+
+
+@triton.jit
+def _brief(v):
+    """Positive float32 to the nearest bfloat16, half to even, as float32. A cast would do, but not under Triton's interpreter."""
+    word = v.to(tl.int32, bitcast=True)
+    word = (word + 0x7FFF + ((word >> 16) & 1)) & -65536
+    return tl.where(v - v == 0.0, word.to(tl.float32, bitcast=True), v)
+
+
+@triton.jit
+def _normalized(x, inside, weight, bias, source, C, eps, NORM: tl.constexpr, dtype: tl.constexpr):
+    """x [tiles, 64] float32, 0 outside; rounded to `dtype` where the modules round."""
+    if NORM == 1:
+        mean = tl.sum(x) / C
+        x = tl.where(inside, x - mean, 0.0)
+    x = x * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x) / C + eps))
+    if NORM == 2:
+        x = x.to(dtype).to(tl.float32)
+    if weight is not None:
+        w = tl.load(weight + source, mask=inside, other=0.0).to(tl.float32)
+        if NORM == 3:
+            x = x * (1.0 + w)
+        else:
+            x = x * w.to(dtype).to(tl.float32)
+    if bias is not None:
+        x = x + tl.load(bias + source, mask=inside, other=0.0).to(dtype).to(tl.float32)
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotated(x, TILES: tl.constexpr):
+    """Each row of x [tiles, 64] times H_64 / 8: Sylvester's matrix as six rounds of sums and differences."""
+    for k in tl.static_range(6):
+        y = tl.permute(tl.reshape(x, [TILES, 32 >> k, 2, 1 << k]), [0, 1, 3, 2])
+        left, right = tl.split(y)
+        x = tl.reshape(tl.permute(tl.join(left + right, left - right), [0, 1, 3, 2]), [TILES, 64])
+    return x * 0.125
+
+
+@triton.jit
+def quantize_kernel(
+    x, residual, summed, weight, bias, permutation, scale, zero, bits, a, step, shift, count, C, x_stride, eps,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, grid_stride,
+):  # fmt: skip
+    """One token: x [C] -> a [64 G], and step, shift, count at [g, token]; scale, zero [tiles] where the grids are static."""
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    channel = tile[:, None] * 64 + tl.arange(0, 64)[None, :]
+    inside = channel < C
+    source = channel
+    if permutation is not None:
+        source = tl.load(permutation + channel, mask=inside, other=0)
+    loaded = tl.load(x + token * x_stride + source, mask=inside, other=0.0)
+    if residual is not None:
+        more = tl.load(residual + token * C + source, mask=inside, other=0.0)
+        loaded = (loaded.to(tl.float32) + more.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(summed + token * C + source, loaded, mask=inside)
+    value = loaded.to(tl.float32)
+    if NORM > 0:
+        value = _normalized(value, inside, weight, bias, source, C, eps, NORM, x.dtype.element_ty)
+    if ROTATE:
+        value = _rotated(value, TILES).to(x.dtype.element_ty).to(tl.float32)
+    value = tl.where(inside, value, 0.0)
+
+    there = tile * 64 < C
+    b = tl.load(bits + tile, mask=there, other=8).to(tl.int32)
+    top = ((1 << b) - 1).to(tl.float32)
+    if scale is None:
+        low, high = tl.minimum(tl.min(value, axis=1), 0.0), tl.maximum(tl.max(value, axis=1), 0.0)
+        s = _brief(tl.maximum(tl.div_rn(high - low, top), TINY))
+        z = _rounded(tl.div_rn(-low, s))
+        offset = tl.where(b == 8, 128.0, z)
+        # Comparisons pass over NaN, so it is looked for by itself.
+        broken = (tl.sum((value - value != 0.0).to(tl.int32), axis=1) > 0) | (s - s != 0.0)
+        fine = ~broken[:, None]
+    else:
+        s, z = tl.load(scale + tile, mask=there, other=1.0), tl.load(zero + tile, mask=there, other=0.0)
+        offset = (1 << (b - 1)).to(tl.float32)
+        broken = tl.sum((value != value).to(tl.int32), axis=1) > 0
+        fine = value == value
+    codes = _rounded(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape))) + z[:, None]
+    codes = tl.minimum(tl.maximum(codes, 0.0), top[:, None]) - offset[:, None]
+    codes = tl.where(inside & fine, codes, 0.0)
+    tl.store(a + token * (G * 64) + channel, codes.to(tl.int8), mask=channel < G * 64)
+    s = tl.where(broken, float("nan"), tl.where(there, s, 1.0))
+    at = tile * grid_stride + token
+    tl.store(count + at, s * tl.sum(codes, axis=1), mask=tile < G)
+    if step is not None:
+        tl.store(step + at, s, mask=tile < G)
+    if shift is not None:
+        tl.store(shift + at, tl.where(there & (b == 8), s * (128.0 - z), 0.0), mask=tile < G)
+
+
+def quantize_tiles(x: Tensor, bits: Tensor, *, shifted: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Each token's own grid in each tile of 64 channels: the codes of `lowbit.reference.quantize_activation_tiles`.
+
+    A tile with NaN or an infinity has NaN in step and count.
+
+    Args:
+        x: float [T, C], channels contiguous.
+        bits: uint8 [ceil(C / 64)], 2 to 8.
+        shifted: False where no tile has 8 bits.
+
+    Returns:
+        a int8 [T, Kp], step float32 [T, G], shift float32 [T, G] or None without `shifted`, count float32 [T, G]; step is a bfloat16.
+    """
+    return norm_quantize(x, bits, shifted=shifted)[0]
+
+
+def norm_quantize(
+    x: Tensor,
+    bits: Tensor,
+    *,
+    kind: str | None = None,
+    eps: float = 0.0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    permutation: Tensor | None = None,
+    rotation: int = 1,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    shifted: bool = True,
+) -> tuple[tuple[Tensor, Tensor | None, Tensor | None, Tensor], Tensor | None]:
+    """quantize(rotate(norm(x + residual)[..., permutation])): RPTQ's reordering norm (section 3.3), and the codes at once.
+
+    Args:
+        x: float [T, C], channels contiguous.
+        bits: uint8 [ceil(C / 64)], 2 to 8.
+        kind: a norm of `lowbit.reference.NORMS`, None for none; eps, weight [C] and bias [C] are its own.
+        permutation: int [C], each channel once.
+        rotation: 64 for the Hadamard transform of each tile, 1 for none.
+        residual: in x's dtype, contiguous [T, C].
+        scale, zero: float32 [ceil(C / 64)] of static grids; None for each token's own. Their step and shift belong into the weight's
+            scale and the bias, and come back as None.
+        shifted: False where no tile of a dynamic grid has 8 bits.
+
+    Returns:
+        (a, step, shift, count) as `quantize_tiles`, and x + residual in x's dtype, None without residual.
+
+    Raises:
+        ValueError: a rotation other than 1 and 64, or one that does not divide C.
+    """
+    T, C = x.shape
+    if rotation not in (1, ROTATION) or C % rotation:
+        raise ValueError(f"rotation {rotation} of {C} channels: this kernel turns blocks of 64 that fill the channels")
+    G, rows = triton.cdiv(C, UNIT) * 2, padded_tokens(T)
+    a = torch.empty(rows, G * TILE, dtype=torch.int8, device=x.device)
+    dynamic = scale is None
+    made = dynamic, dynamic and shifted, True
+    step, shift, count = (torch.empty(G, rows, device=x.device) if wanted else None for wanted in made)
+    summed = None if residual is None else torch.empty(T, C, dtype=x.dtype, device=x.device)
+    if T:
+        tiles = triton.next_power_of_2(G)
+        warps = min(16, max(1, tiles * TILE // (32 * HELD)))
+        with torch.cuda.device_of(x):
+            quantize_kernel[(T,)](
+                x, residual, summed, weight, bias, permutation, scale, zero, bits, a, step, shift, count, C, x.stride(0),
+                eps, NORM=NORMS[kind], ROTATE=rotation > 1, TILES=tiles, G=G, grid_stride=rows, num_warps=warps, **OPTIONS,
+            )  # fmt: skip
+    grids = (None if t is None else t[:, :T].t() for t in (step, shift, count))
+    return (a[:T], *grids), summed
