@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from _tables import command, describe_machine, made_with, markdown, write, write_json
@@ -22,10 +23,12 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# A family of `lowbit.triton.planar_linear.SHAPES` for each.
+FAMILIES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_90", "gfx942": "hip"}
 
 # One line of the table for each: the module and function, and what specializes it. A parameter with a type is passed when the
 # kernel runs, one with a value is compiled in, all others are absent (None). Pointers and `aligned` are divisible by 16.
-FLOATS, BYTES, SIZE = "*fp32", "*u8", "i32"
+FLOATS, BYTES, CODES, SIZE = "*fp32", "*u8", "*i8", "i32"
 SWEEP = {
     "module": "lowbit.triton.sweep",
     "function": "sweep_kernel",
@@ -35,6 +38,14 @@ SWEEP = {
 }
 MASK = {"mask": BYTES}
 QUANTIZE = dict.fromkeys(("scale", "low", "high"), FLOATS)
+LAYER = {"N": 4096, "units": 32}  # 4096 rows of 4096 channels
+
+# What bounds a kernel in the model below. (multiprocessors, clock Hz, bytes/s, int8 multiply-adds/s): the makers' data sheets.
+GPUS = {
+    "sm_80": ("A100 80 GB", 108, 1.41e9, 2.039e12, 312e12),
+    "sm_90": ("H100 SXM", 132, 1.83e9, 3.35e12, 989.5e12),
+}
+ISSUED = 0.6  # instructions a cycle and scheduler: a guess
 
 
 def sweep(types, keep_of=0):
@@ -45,6 +56,47 @@ def sweep(types, keep_of=0):
     return SWEEP | chosen | {"values": SWEEP["values"] | {"GROUP": keep_of, "LANES": keep_of}}
 
 
+def linear(bits, tokens, tile=64, *, dynamic, corrected=False):
+    """The linear's line: `tokens` at most, grids of `tile` channels; corrected by zero points of the weight and shifts."""
+    types = {"a": CODES, "plane": CODES if bits == 8 else BYTES} | dict.fromkeys(("M", "grid_stride"), SIZE)
+    types |= dict.fromkeys(("count", "scale", "bias", "y"), FLOATS)
+    types |= {"signs": BYTES} if bits == 3 else {}
+    types |= {"step": FLOATS} if dynamic else {}
+    types |= dict.fromkeys(("shift", "total", "zero"), FLOATS) if corrected else {}
+    return {
+        "module": "lowbit.triton.planar_linear",
+        "function": "linear_kernel",
+        "types": types,
+        "launch": {"T": tokens, "bits": bits, "tile": tile, "stepped": dynamic, "brief": dynamic},
+        "values": LAYER | {"SPLIT": 1, "NARROW": False},
+        "aligned": ("grid_stride",),
+    }
+
+
+def quantize(norm=0, types=(), **values):
+    """The quantizer's line for 4096 channels of bfloat16."""
+    half = {"x": "*bf16"} | {name: "*bf16" for name in types if name in ("residual", "summed", "weight", "bias")}
+    other = {name: {"permutation": "*i32"}.get(name, FLOATS) for name in types if name not in half}
+    always = {
+        "bits": BYTES,
+        "a": CODES,
+        "count": FLOATS,
+        "C": SIZE,
+        "x_stride": SIZE,
+        "eps": "fp32",
+        "grid_stride": SIZE,
+    }
+    return {
+        "module": "lowbit.triton.quantize",
+        "function": "quantize_kernel",
+        "types": always | half | other,
+        "values": {"NORM": norm, "ROTATE": False, "TILES": 64, "G": 64} | values,
+        "options": {"num_warps": 4},
+        "aligned": ("C", "x_stride", "grid_stride"),
+    }
+
+
+STEPPED, JOINED = ("step", "shift"), ("residual", "summed", "weight", "permutation")
 KERNELS = {
     "sweep: prune by a mask": sweep(MASK),
     "sweep: choose 2 of 4": sweep({}, 4),
@@ -52,61 +104,202 @@ KERNELS = {
     "sweep: quantize": sweep(QUANTIZE),
     "sweep: quantize, prune by a mask": sweep(QUANTIZE | MASK),
     "sweep: quantize, choose 2 of 4, mask": sweep(QUANTIZE | MASK, 4),
+    "linear W4: 8 tokens, static": linear(4, 8, dynamic=False),
+    "linear W4: 8 tokens, dynamic": linear(4, 8, dynamic=True),
+    "linear W4: 16 tokens, static": linear(4, 16, dynamic=False),
+    "linear W4: 16 tokens, dynamic": linear(4, 16, dynamic=True),
+    "linear W4: 16 tokens, dynamic, zero points, shifts": linear(4, 16, dynamic=True, corrected=True),
+    "linear W4: 16 tokens, static, tiles of 128": linear(4, 16, 128, dynamic=False),
+    "linear W4: 16 tokens, dynamic, tiles of 128": linear(4, 16, 128, dynamic=True),
+    "linear W4: 16 tokens, dynamic, one grid": linear(4, 16, 0, dynamic=True),
+    "linear W4: 32 tokens, dynamic, zero points, shifts": linear(4, 32, dynamic=True, corrected=True),
+    "linear W4: 64 tokens, dynamic, zero points, shifts": linear(4, 64, dynamic=True, corrected=True),
+    "linear W4: 2048 tokens, static": linear(4, 2048, dynamic=False),
+    "linear W4: 2048 tokens, dynamic, zero points, shifts": linear(4, 2048, dynamic=True, corrected=True),
+    "linear W4: 2048 tokens, static, tiles of 128": linear(4, 2048, 128, dynamic=False),
+    "linear W4: 2048 tokens, dynamic, one grid": linear(4, 2048, 0, dynamic=True),
+}
+for bits in (8, 3, 2):
+    KERNELS |= {
+        f"linear W{bits}: 8 tokens, dynamic": linear(bits, 8, dynamic=True),
+        f"linear W{bits}: 16 tokens, static": linear(bits, 16, dynamic=False),
+        f"linear W{bits}: 64 tokens, dynamic, zero points, shifts": linear(bits, 64, dynamic=True, corrected=True),
+        f"linear W{bits}: 2048 tokens, dynamic, zero points, shifts": linear(bits, 2048, dynamic=True, corrected=True),
+        f"linear W{bits}: 2048 tokens, dynamic, one grid": linear(bits, 2048, 0, dynamic=True),
+    }
+KERNELS |= {
+    "linear: sum of the parts": {
+        "module": "lowbit.triton.planar_linear",
+        "function": "sum_kernel",
+        "types": dict.fromkeys(("parts", "bias", "y"), FLOATS) | dict.fromkeys(("size", "N"), SIZE),
+        "values": {"SPLIT": 8, "BLOCK": 1024},
+        "options": {"num_warps": 4},
+        "aligned": ("size", "N"),
+    },
+    "quantize: tiles": quantize(types=STEPPED),
+    "quantize: residual, RMSNorm, gather, tiles": quantize(2, STEPPED + JOINED),
+    "quantize: residual, RMSNorm, gather, rotate, tiles": quantize(2, STEPPED + JOINED, ROTATE=True),
+    "quantize: residual, LayerNorm, gather, static": quantize(1, ("scale", "zero", "bias", *JOINED)),
 }
 
 
-def compile_kernel(kernel, target):
-    """The compiled kernel; nothing is loaded on any device."""
+def compile_kernel(kernel, label):
+    """(the compiled kernel, the values compiled in); nothing is loaded on any device."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = importlib.import_module(kernel["module"])
     function = getattr(module, kernel["function"])
+    launch = module.launch_options(FAMILIES[label], **kernel["launch"]) if "launch" in kernel else {}
+    options = getattr(module, "OPTIONS", {}) | kernel.get("options", {})
+    options |= {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+    values = kernel["values"] | launch
     names = function.arg_names
     signature = {name: kernel["types"].get(name, "constexpr") for name in names}
-    constants = {name: kernel["values"].get(name) for name in names if signature[name] == "constexpr"}
+    constants = {name: values.get(name) for name in names if signature[name] == "constexpr"}
     sixteen = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in kernel["aligned"]]
     attributes = {(i,): [["tt.divisibility", 16]] for i in sixteen}
     source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget(*target), options=module.OPTIONS)
+    return triton.compile(source, target=GPUTarget(*TARGETS[label]), options=options), values
 
 
-def nvidia_resources(compiled):
-    """From the cubin, by the tool that comes with Triton."""
+def nvidia_report(compiled):
+    """(registers, bytes of stack, instructions, (first, last) of each loop) from the cubin, by the tools that come with Triton."""
     import triton
 
-    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        said = [
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        ]
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said[0])}
+    instructions, labels, loops = [], {}, []
+    for label, instruction in re.findall(r"^\s*(?:(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;)", said[1], re.M):
+        if label:
+            labels[label] = len(instructions)
+        else:
+            instructions.append(instruction)
+    for i, instruction in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+        if target and labels.get(target[1], i + 1) <= i:
+            loops.append((labels[target[1]], i))
+    return found["REG"], found["STACK"] + found["LOCAL"], instructions, loops
 
 
-def amd_resources(compiled):
-    """From the metadata in the assembly."""
-    found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
-    return found["vgpr_count"] + found.get("agpr_count", 0), found["private_segment_fixed_size"]
+def operation(instruction):
+    """Its name without predicate: "LDG.E.128"."""
+    return re.sub(r"^@!?U?P[T\d]+\s+", "", instruction).split()[0]
+
+
+def main_loop(instructions, loops):
+    """Operations of the loop with the most integer products, [] where none has any."""
+    bodies = [[operation(i) for i in instructions[first : last + 1]] for first, last in loops]
+    return max(bodies, key=products, default=[]) if any(map(products, bodies)) else []
+
+
+def products(operations):
+    return sum(name.startswith(("IMMA", "IGMMA", "QGMMA", "UTCIMMA")) for name in operations)
+
+
+def amd_report(compiled):
+    """(registers, bytes of stack, products named in the whole program) from the assembly."""
+    text = compiled.asm["amdgcn"]
+    found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", text)}
+    kinds = Counter(re.findall(r"\bv_mfma_i32_\w+", text))
+    return found["vgpr_count"] + found.get("agpr_count", 0), found["private_segment_fixed_size"], kinds
+
+
+def loop_facts(body, values, warps):
+    """What the main loop of a linear costs for one unit of 128 channels."""
+    BM, BN = values["BM"], values["BN"]
+    wide = any(name.startswith("IGMMA") for name in body)
+    a_unit = 4 * (BN // 64) // (warps // 4) if wide else 4 * (BN // 16) * (BM // 8) // warps  # products of one warp
+    units = products(body) / a_unit
+    kinds = sorted({name for name in body if products([name])})
+    return {
+        "mma": kinds,
+        "mma_in_loop": products(body),
+        "units_in_loop": units,
+        "instructions_per_unit": round(len(body) / units, 1),
+        "instructions_per_mma": round(len(body) / products(body), 2),
+        "weight_bytes_per_instruction": round(16 * BN * values["BITS"] * units / (len(body) * warps), 1),
+        "loads": dict(Counter(name for name in body if name.startswith(("LDG", "LDGSTS", "LDS", "STS", "LDL", "STL")))),
+    }
+
+
+def model(facts, values, tokens, warps, gpu):
+    """Microseconds of an 8192 x 8192 layer bound by memory, by products and by instructions; not a measurement."""
+    _, processors, clock, bandwidth, peak = gpu
+    K = R = 8192
+    blocks = -(-R // values["BN"]) * -(-tokens // values["BM"])
+    grids = 0 if values["TILE"] == 0 else 4 * R * K // values["TILE"]
+    moved = R * K * values["BITS"] / 8 + grids + tokens * (K + 4 * R)
+    issued = blocks * warps * (K // 128) * facts["instructions_per_unit"]
+    return {
+        "memory": round(moved / bandwidth * 1e6, 1),
+        "products": round(blocks * values["BM"] * values["BN"] * K / peak * 1e6, 1),
+        "instructions": round(issued / (4 * processors * clock * ISSUED) * 1e6, 1),
+    }
+
+
+def report(kernel, label):
+    """All that is known of one kernel on one family."""
+    compiled, values = compile_kernel(kernel, label)
+    warps = compiled.metadata.num_warps
+    found = {"warps": warps, "shared_bytes": compiled.metadata.shared}
+    if TARGETS[label][0] == "hip":
+        found["registers"], found["stack_bytes"], kinds = amd_report(compiled)
+        return found | ({"mma": sorted(kinds)} if "launch" in kernel else {})
+    found["registers"], found["stack_bytes"], instructions, loops = nvidia_report(compiled)
+    if "launch" in kernel:
+        found["tile"] = [values["BM"], values["BN"]]
+        found |= loop_facts(main_loop(instructions, loops), values, warps)
+        if label in GPUS:
+            found["model_us"] = model(found, values, kernel["launch"]["T"], warps, GPUS[label])
+    return found
 
 
 def measure():
-    """{kernel: {target: resources}}."""
+    """{kernel: {target: report}}."""
     found = {}
     for name, kernel in KERNELS.items():
         found[name] = {}
-        for label, target in TARGETS.items():
-            compiled = compile_kernel(kernel, target)
-            registers, stack = (amd_resources if target[0] == "hip" else nvidia_resources)(compiled)
-            found[name][label] = {
-                "registers": registers,
-                "stack_bytes": stack,
-                "shared_bytes": compiled.metadata.shared,
-                "warps": compiled.metadata.num_warps,
-            }
+        for label in TARGETS:
+            found[name][label] = report(kernel, label)
             print(f"{name} for {label}: {found[name][label]}", file=sys.stderr)
     return found
+
+
+def loops_table(kernels):
+    rows = [
+        [
+            "linear kernel",
+            "family",
+            "tile",
+            "warps",
+            "mma",
+            "per unit",
+            "per mma",
+            "bytes",
+            "memory / products / instructions",
+        ]
+    ]
+    for name, by_target in kernels.items():
+        for label in GPUS:
+            r = by_target[label]
+            if "model_us" in r:
+                kind = ", ".join(r["mma"])
+                numbers = r["instructions_per_unit"], r["instructions_per_mma"], r["weight_bytes_per_instruction"]
+                shape = " x ".join(map(str, r["tile"]))
+                bound = " / ".join(map(str, r["model_us"].values()))
+                rows.append(
+                    [name.removeprefix("linear "), label, shape, str(r["warps"]), kind, *map(str, numbers), bound]
+                )
+    return markdown(rows, right=(3, 5, 6, 7, 8))
 
 
 def page(result):
@@ -115,6 +308,7 @@ def page(result):
     for name, by_target in result["kernels"].items():
         cells = [f"{r['registers']} / {r['stack_bytes']} / {r['shared_bytes']}" for r in by_target.values()]
         rows.append([name, *cells])
+    gpus = ", ".join(f"{label} as {gpu[0]}" for label, gpu in GPUS.items())
     return "\n".join(
         [
             "# What the Triton kernels need of a GPU",
@@ -123,6 +317,16 @@ def page(result):
             " bytes of stack a thread / bytes of shared memory a program. Any stack at all means that registers were spilled.",
             "",
             markdown(rows, right=range(1, len(rows[0]))),
+            "",
+            "## Main loops of the linears",
+            "",
+            "Tile: tokens x rows of one program. Per unit: instructions of one warp for 128 channels of its tile; per mma: for each"
+            " tensor-core instruction, all counted; bytes: of weights for each instruction that a warp issues."
+            f" The last column is a **model**, not a measurement: microseconds of an 8192 x 8192 layer if only memory, products or"
+            f" instructions ({ISSUED} a cycle and scheduler, a guess) took time, with {gpus}. gfx942 is compiled without inline"
+            " assembly and its loops are not counted: nothing that disassembles them comes with Triton.",
+            "",
+            loops_table(result["kernels"]),
             "",
             f"Made by `{result['made_by']}` with triton {result['made_with']['triton']} on"
             f" {describe_machine(result['made_with'])}.",
