@@ -219,9 +219,7 @@ def loop_facts(body, values, warps):
     wide = any(name.startswith("IGMMA") for name in body)
     a_unit = 4 * (BN // 64) // (warps // 4) if wide else 4 * (BN // 16) * (BM // 8) // warps  # products of one warp
     units = products(body) / a_unit
-    kinds = sorted({name for name in body if products([name])})
     return {
-        "mma": kinds,
         "mma_in_loop": products(body),
         "units_in_loop": units,
         "instructions_per_unit": round(len(body) / units, 1),
@@ -257,8 +255,9 @@ def report(kernel, label):
     found["registers"], found["stack_bytes"], instructions, loops = nvidia_report(compiled)
     if "launch" in kernel:
         found["tile"] = [values["BM"], values["BN"]]
-        found |= loop_facts(main_loop(instructions, loops), values, warps)
+        found["mma"] = sorted({name for name in map(operation, instructions) if products([name])})
         if label in GPUS:
+            found |= loop_facts(main_loop(instructions, loops), values, warps)
             found["model_us"] = model(found, values, kernel["launch"]["T"], warps, GPUS[label])
     return found
 
@@ -324,7 +323,7 @@ def page(result):
             " tensor-core instruction, all counted; bytes: of weights for each instruction that a warp issues."
             f" The last column is a **model**, not a measurement: microseconds of an 8192 x 8192 layer if only memory, products or"
             f" instructions ({ISSUED} a cycle and scheduler, a guess) took time, with {gpus}. gfx942 is compiled without inline"
-            " assembly and its loops are not counted: nothing that disassembles them comes with Triton.",
+            " assembly, and its loops are not counted; nor are those of sm_100, whose larger tiles go through tensor memory.",
             "",
             loops_table(result["kernels"]),
             "",

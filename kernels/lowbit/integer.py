@@ -14,12 +14,18 @@ from lowbit.cpu import native
 from lowbit.planar import TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
 
 EXACT = 3  # int8 codes a number
+# Beyond, three codes a number cost more than to unpack the weight once and multiply in floating point.
+FEW_TOKENS = 16
 
 
-def runs(x: Tensor) -> bool:
-    """Whether integer kernels take this tensor: float32, on a CPU that has them, and no gradient is asked."""
+def runs(x: Tensor, quantizer) -> bool:
+    """Whether integer kernels take x [..., C], which `quantizer` rounds: float32, on a CPU that has them, no gradient asked.
+
+    Without a quantizer only a few tokens.
+    """
     wanted = x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
-    return wanted and native.fast_avx2()
+    short = quantizer is not None or x.numel() <= FEW_TOKENS * x.shape[-1]
+    return wanted and short and native.fast_avx2()
 
 
 def take(linears, norm=None) -> bool:

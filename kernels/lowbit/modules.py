@@ -333,7 +333,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
         quantizer = self._quantizer()
-        if self.planar is not None and integer.runs(x):
+        if self.planar is not None and integer.runs(x, quantizer):
             y = integer.product(self._turned(x), self.planar, self.bias, quantizer)
             return y if self.output_quantizer is None else self.output_quantizer(y)
         x = self.multiplied(x)

@@ -66,6 +66,14 @@ def test_a_linear_computes_the_same(mode, bits):
 
 
 @torch.no_grad()
+def test_many_tokens_of_a_weight_only_linear_are_not_worth_three_codes_each():
+    module, x = linear(), inputs(integer.FEW_TOKENS + 1)
+    expected = module(x)
+    assert integer.take([module])
+    assert torch.equal(module(x), expected) and not torch.equal(module(x[:-1]), expected[:-1])
+
+
+@torch.no_grad()
 def test_rotation_comes_before_the_grid():
     module, x = linear(quantizer=quantizers()["tile"], rotation=32, bias=False), inputs(7)
     expected = module(x)
