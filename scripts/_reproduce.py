@@ -286,7 +286,7 @@ def still_hold(table, records, name, weights):
         cell: record
         for cell, record in records.items()
         if record["row"] in recipes
-        and record["recipe"] == recipes[record["row"]]
+        and record.get("recipe") == recipes[record["row"]]
         and (record["model"] != name or record["weights"] == weights)
     }
     for model, row, seed in sorted(records.keys() - kept.keys(), key=str):
