@@ -58,7 +58,7 @@ def sweep(types, keep_of=0):
 
 def linear(bits, tokens, tile=64, *, dynamic, corrected=False):
     """The linear's line: `tokens` at most, grids of `tile` channels; corrected by zero points of the weight and shifts."""
-    types = {"a": CODES, "plane": CODES if bits == 8 else BYTES} | dict.fromkeys(("M", "grid_stride"), SIZE)
+    types = {"a": CODES, "plane": CODES if bits == 8 else BYTES} | dict.fromkeys(("M", "grid_stride", "per"), SIZE)
     types |= dict.fromkeys(("count", "scale", "bias", "y"), FLOATS)
     types |= {"signs": BYTES} if bits == 3 else {}
     types |= {"step": FLOATS} if dynamic else {}
@@ -68,7 +68,7 @@ def linear(bits, tokens, tile=64, *, dynamic, corrected=False):
         "function": "linear_kernel",
         "types": types,
         "launch": {"T": tokens, "bits": bits, "tile": tile, "stepped": dynamic, "brief": dynamic},
-        "values": LAYER | {"SPLIT": 1, "NARROW": False},
+        "values": LAYER | {"NARROW": False, "PER": 8 if tokens <= 16 else 0},
         "aligned": ("grid_stride",),
     }
 
@@ -90,8 +90,8 @@ def quantize(norm=0, types=(), **values):
         "module": "lowbit.triton.quantize",
         "function": "quantize_kernel",
         "types": always | half | other,
-        "values": {"NORM": norm, "ROTATE": False, "TILES": 64, "G": 64} | values,
-        "options": {"num_warps": 4},
+        "values": {"NORM": norm, "ROTATE": False, "TILES": 64 if norm else 16, "G": 64} | values,
+        "options": {"num_warps": 8 if norm else 2},
         "aligned": ("C", "x_stride", "grid_stride"),
     }
 

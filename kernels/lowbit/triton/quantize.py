@@ -1,6 +1,6 @@
 """Activations to int8 codes in Triton, in one pass with what comes before: residual sum, norm, gather of the channels, rotation.
 
-One program owns a token, as [tiles, 64] in registers. The decisions are those of `lowbit.planar_reference`; the results are laid out as
+One program owns a token, or a few tiles of one where there is no norm, as [tiles, 64] in registers. The decisions are those of `lowbit.planar_reference`; the results are laid out as
 `lowbit.triton.planar_linear` reads them, the grids with tokens contiguous, all with memory for whole blocks of tokens.
 """
 
@@ -20,8 +20,8 @@ OPTIONS = {
     "num_stages": 1,
     "enable_fp_fusion": False,
 }  # a fused product would round once where the formulas round twice
-# Channels that a thread holds, at most.
-HELD = 32
+# Channels that a thread holds; tiles of a program that need not see the whole token.
+HELD, FEW_TILES = 16, 16
 TINY = tl.constexpr(1.1754943508222875e-38)
 EXACT = tl.constexpr(4194304.0)
 MAGIC = tl.constexpr(12582912.0)
@@ -76,9 +76,9 @@ def quantize_kernel(
     x, residual, summed, weight, bias, permutation, scale, zero, bits, a, step, shift, count, C, x_stride, eps,
     NORM: tl.constexpr, ROTATE: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, grid_stride,
 ):  # fmt: skip
-    """One token: x [C] -> a [64 G], and step, shift, count at [g, token]; scale, zero [tiles] where the grids are static."""
+    """TILES tiles of a token, all where there is a norm: x [C] -> a [64 G], and step, shift, count at [g, token]; scale, zero [tiles] where the grids are static."""
     token = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, TILES)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     channel = tile[:, None] * 64 + tl.arange(0, 64)[None, :]
     inside = channel < C
     source = channel
@@ -185,10 +185,10 @@ def norm_quantize(
     step, shift, count = (torch.empty(G, rows, device=x.device) if wanted else None for wanted in made)
     summed = None if residual is None else torch.empty(T, C, dtype=x.dtype, device=x.device)
     if T:
-        tiles = triton.next_power_of_2(G)
+        tiles = triton.next_power_of_2(G) if kind else FEW_TILES
         warps = min(16, max(1, tiles * TILE // (32 * HELD)))
         with torch.cuda.device_of(x):
-            quantize_kernel[(T,)](
+            quantize_kernel[(T, triton.cdiv(G, tiles))](
                 x, residual, summed, weight, bias, permutation, scale, zero, bits, a, step, shift, count, C, x.stride(0),
                 eps, NORM=NORMS[kind], ROTATE=rotation > 1, TILES=tiles, G=G, grid_stride=rows, num_warps=warps, **OPTIONS,
             )  # fmt: skip
