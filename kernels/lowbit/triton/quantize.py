@@ -1,7 +1,8 @@
 """Activations to int8 codes in Triton, in one pass with what comes before: residual sum, norm, gather of the channels, rotation.
 
-One program owns a token, or a few tiles of one where there is no norm, as [tiles, 64] in registers. The decisions are those of `lowbit.planar_reference`; the results are laid out as
-`lowbit.triton.planar_linear` reads them, the grids with tokens contiguous, all with memory for whole blocks of tokens.
+One program owns a token, or a few tiles of one where there is no norm, as [tiles, 64] in registers. The decisions are those of
+`lowbit.planar_reference`; the results are laid out as `lowbit.triton.planar_linear` reads them, the grids with tokens contiguous, all with
+memory for whole blocks of tokens.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ def quantize_kernel(
     x, residual, summed, weight, bias, permutation, scale, zero, bits, a, step, shift, count, C, x_stride, eps,
     NORM: tl.constexpr, ROTATE: tl.constexpr, TILES: tl.constexpr, G: tl.constexpr, grid_stride,
 ):  # fmt: skip
-    """TILES tiles of a token, all where there is a norm: x [C] -> a [64 G], and step, shift, count at [g, token]; scale, zero [tiles] where the grids are static."""
+    """TILES tiles of a token, all where there is a norm: x [C] -> a [64 G], and step, shift, count at [g, token].
+
+    scale, zero: [tiles], where the grids are static.
+    """
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     channel = tile[:, None] * 64 + tl.arange(0, 64)[None, :]
