@@ -72,6 +72,7 @@ def measure(run: Run, states: list[torch.Tensor]) -> dict[str, Measured]:
             sum_of(Gram, block, site, grams).add(x)
 
         def finish(site: InputSite, i=i, block=block, grams=grams, scores=scores) -> None:
+            """Take the site's score from all that was measured there."""
             name = f"{run.spec.blocks}.{i}.{site.name}"
             H, tokens = sum_of(Gram, block, site, grams).take()
             del grams[site.name]

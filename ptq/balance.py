@@ -37,9 +37,7 @@ def balance(block: nn.Module, spec: Spec, geometry: Geometry, found: Statistics)
         else:
             continue
         factors[site.name] = s
-        for path in site.linears:
-            linear = block.get_submodule(path)
-            linear.weight = (linear.weight.float() * s).to(linear.weight.dtype)
+        multiply_columns(block, site, s)
     return _scaled(found, factors)
 
 
@@ -62,6 +60,13 @@ def divide_norm(norm: Norm, s: torch.Tensor) -> None:
         norm.weight = ((norm.weight.float() + one) / s - one).to(norm.weight.dtype)
     if norm.bias is not None:
         norm.bias = (norm.bias.float() / s).to(norm.bias.dtype)
+
+
+def multiply_columns(block: nn.Module, site: InputSite, s: torch.Tensor) -> None:
+    """Multiply the columns of the site's linears by s, for an input that is divided by it."""
+    for path in site.linears:
+        linear = block.get_submodule(path)
+        linear.weight = (linear.weight.float() * s).to(linear.weight.dtype)
 
 
 def _divide_rows(linear: Linear, rows: torch.Tensor, s: torch.Tensor) -> None:

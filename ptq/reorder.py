@@ -21,7 +21,7 @@ from torch import nn
 import rptq
 from ptq.architectures import Geometry, Spec
 from ptq.architectures.geometry import qkv_rows
-from ptq.balance import divide_norm
+from ptq.balance import divide_norm, multiply_columns
 from ptq.errors import BadInput
 from ptq.recipe import Recipe
 from ptq.sites import InputSite, Statistics, input_sites, norm_of
@@ -167,7 +167,6 @@ def smooth(
         weight_max = torch.stack([linear.weight.float().abs().amax(0) for linear in linears]).amax(0)  # [L, C] -> [C]
         s = rptq.smooth_factors(ranges[site.name], weight_max, alpha=alpha)
         divide_norm(norm, s)
-        for linear in linears:
-            linear.weight = (linear.weight.float() * s).to(linear.weight.dtype)
+        multiply_columns(block, site, s)
         smoothed[site.name] = rptq.ChannelRange(ranges[site.name].min / s, ranges[site.name].max / s)
     return smoothed

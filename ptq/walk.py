@@ -183,6 +183,7 @@ def _solve_in_order(
             sum_of(Drift, block, site, drifts).add(x, *full)
 
     def finish(site: InputSite) -> None:
+        """Solve the site's linears on all that was measured there."""
         nonlocal layer
         # Also of a site that nothing reached here: another process may have tokens for it, and all take together.
         H, tokens = sum_of(Gram, block, site, grams).take() if wants_h else (None, 0)
