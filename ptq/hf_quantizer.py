@@ -72,7 +72,8 @@ class PtqQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, lowbit.Linear) and module.sparse is not None:
                 module.skip_zeros_()
-        run_on_integers(model, spec_of(model.config))
+        if model.dtype == torch.float32:  # the kernels take no other
+            run_on_integers(model, spec_of(model.config))
         if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != _attention_name():
             model.set_attn_implementation(_attention_name())
         sinks = max((m.sinks for m in model.modules() if isinstance(m, lowbit.ActivationQuantizer)), default=0)

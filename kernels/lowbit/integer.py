@@ -31,8 +31,8 @@ def runs(x: Tensor, quantizer) -> bool:
 def take(linears, norm=None) -> bool:
     """Run `lowbit.Linear`s that share their input on integer kernels from now on, if all of them can; returns whether they can.
 
-    They can where every code is stored, and weight groups and the input's clusters are whole tiles of 64 channels. The layout is made
-    beside the stored tensors and is not saved.
+    They can on a CPU that has the kernels, where every code is stored, and weight groups and the input's clusters are whole tiles of 64
+    channels. The layout is made beside the stored tensors and is not saved.
     norm: the `lowbit.Norm` that makes the input, if one does; all that multiplies its output must be in `linears`, because its
     quantizer acts in them then.
     """
@@ -51,6 +51,8 @@ def take(linears, norm=None) -> bool:
 
 def _laid_out(linear, quantizer) -> PlanarWeight | None:
     if linear.bits == 16 or linear.codec != "grid" or linear.sparse is not None:
+        return None
+    if linear.weight_packed.device.type != "cpu" or not native.fast_avx2():
         return None
     if quantizer is not None and not _takes(quantizer, linear.in_features):
         return None

@@ -73,9 +73,8 @@ class PlanarWeight:
         """
         rows = -(-self.rows // BLOCK)
         grids = torch.stack([t for t in (self.scale, self.zero, self.total) if t is not None])  # [n, G, R]
-        blocks = F.pad(grids, (0, rows * BLOCK - self.rows)).unflatten(
-            2, (rows, BLOCK)
-        )  # [n, G, R] -> [n, G, blocks, 16]
+        padded = F.pad(grids, (0, rows * BLOCK - self.rows))
+        blocks = padded.unflatten(2, (rows, BLOCK))  # [n, G, R] -> [n, G, blocks, 16]
         return blocks.permute(2, 0, 1, 3).contiguous()
 
     @property
