@@ -29,7 +29,9 @@ def balance(block: nn.Module, spec: Spec, geometry: Geometry, found: Statistics)
             divide_norm(norm_of(block, site), s)
         elif site.name == "R3":
             v, rows = qkv_rows(spec, geometry)[2]
-            factors["v"] = s.view(geometry.kv_heads, -1, geometry.head_dim)[:, 0].flatten()  # [H D] -> [KV, H/KV, D] -> [KV D]
+            factors["v"] = s.view(geometry.kv_heads, -1, geometry.head_dim)[
+                :, 0
+            ].flatten()  # [H D] -> [KV, H/KV, D] -> [KV D]
             _divide_rows(block.get_submodule(v), rows, factors["v"])
         elif site.name == "R5" and geometry.scaled_up is not None:
             up = block.get_submodule(geometry.scaled_up)

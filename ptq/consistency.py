@@ -57,11 +57,21 @@ def _check_linear(linear: Linear) -> None:
     elif linear.bits < 16:
         check_sizes(linear.weight_groups.long(), linear.in_features)
         _check_positive("weight_scale", linear.weight_scale)
+        _check_fine(linear)
     if linear.sparse is not None:
         linear.kept()  # decoding checks mask and indices against the entries
     _check_rotation(linear.rotation, linear.in_features)
     _check_quantizer("input grid", linear.input_quantizer, linear.in_features)
     _check_quantizer("output grid", linear.output_quantizer, linear.out_features)
+
+
+def _check_fine(linear: Linear) -> None:
+    if linear.fine is None:
+        return
+    fine, G, K = linear.weight_fine.long(), linear.groups, linear.fine["channels"]
+    ascending = bool((fine.diff() > 0).all()) and 0 <= int(fine[0]) and int(fine[-1]) < G
+    if not ascending or int(linear.weight_groups[fine].sum()) != K or linear.bits > 4:
+        raise ValueError(f"weight_fine {fine.tolist()} of {G} groups and {linear.bits} bits is not {K} channels")
 
 
 def _check_norm(norm: Norm) -> None:

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 QUANT_METHOD = "ptq"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MODEL_TYPE_PREFIX = "ptq_"
 AUTO_MODELS = "transformers.models.auto.modeling_auto"
 

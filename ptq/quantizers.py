@@ -77,15 +77,13 @@ def _competing(block: nn.Module, sites, recipe: Recipe, found: Statistics, order
     """`_widths` where the clusters of all sites below 8 bits compete for a share of 8-bit ones."""
     sizes = {site.name: _sizes(site, found, orders) for site in sites}
     narrow = {site.name: torch.full_like(sizes[site.name], _bits(site, recipe)) for site in sites}
-    added = {
-        site.name: wide.output_energy(block, site, found.samples[site.name]) for site in sites if site.name in ("R3", "R5")
-    }
+    energies = wide.branch_energies(block, sites, found.samples)
     costs = {}
     for site in sites:
         if _bits(site, recipe) < wide.WIDE_BITS:
             quantizer = _input_quantizer(block, site, recipe, found, sizes[site.name], narrow[site.name])
             cost = wide.rounding_costs(block, site, found.samples[site.name], quantizer)
-            costs[site.name] = cost * sum(added[end] for end in wide.branches(site, sites))
+            costs[site.name] = cost * energies[site.name]
     return narrow | (wide.costliest(costs, narrow, share) if costs else {})
 
 

@@ -35,6 +35,8 @@ class Weights:
     that each code takes after gptq's sweep.
     `asymmetric`: how far the solver aims, from 0 to 1, at what full precision makes of its own inputs, and not of the compressed
     model's: see `sparsegpt.asymmetric_target`. Needs true_sequential, and a second forward in full precision; leaves experts out.
+    `fine`: this share of a block's weights, in the groups whose rounding costs most for their bits (`ptq.fine`), has twice the bits, at
+    most 8; of weights at 8 and 16 bits none has.
     """
 
     bits: int = 16
@@ -45,6 +47,7 @@ class Weights:
     clip: bool = False
     descend: int = 0
     asymmetric: float = 0.0
+    fine: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,14 @@ def quantizes_activations(recipe: Recipe) -> bool:
 
 
 def wants_sample(recipe: Recipe) -> bool:
-    """Whether grids are fitted to some of the tokens themselves, not to ranges alone."""
-    return recipe.activations.clip or recipe.clusters.allot == "block" or recipe.clusters.balance
+    """Whether some of the tokens themselves tell grids or bits, not ranges alone."""
+    clusters = recipe.clusters
+    return recipe.activations.clip or clusters.allot == "block" or clusters.balance or has_fine_groups(recipe)
+
+
+def has_fine_groups(recipe: Recipe) -> bool:
+    """Whether some weight groups have more bits than others."""
+    return recipe.weights.fine > 0 and recipe.weights.bits <= 4
 
 
 def pruned_blocks(pruning: Pruning, blocks: int) -> int:

@@ -72,6 +72,11 @@ def check(recipe: Recipe) -> Recipe:
             f"activations.q_bits: method group4 leaves queries at 16 bits, not {a.q_bits}; add --set activations.q_bits=16"
         )
     _at_least(w.descend, 0, "weights.descend")
+    _share(w.fine, "weights.fine")
+    if w.fine and (c.wide is None or w.solver != "gptq"):
+        raise BadInput(
+            "weights.fine: chooses among sorted tiles for gptq; use --method rptq+, or set clusters.wide and --set weights.solver=gptq"
+        )
     _share(w.damp, "weights.damp")
     if w.damp in (0, 1):
         raise BadInput(f"weights.damp: {w.damp!r} must lie inside 0 and 1, for instance 0.01")
@@ -110,7 +115,9 @@ def _check_tiles(recipe: Recipe) -> None:
     if c.allot == "block" and c.wide is None:
         raise BadInput("clusters.allot: block needs tiles that compete; set clusters.wide, or leave it site")
     if c.balance and (c.wide is None or recipe.smooth is not None):
-        raise BadInput("clusters.balance: scales sorted tiles, and smooth does it otherwise; use --method rptq+ without smooth")
+        raise BadInput(
+            "clusters.balance: scales sorted tiles, and smooth does it otherwise; use --method rptq+ without smooth"
+        )
     if c.wide is None and ((c.rotate and recipe.reorder) or a.grid == "tile"):
         what = "clusters.rotate" if c.rotate else "activations.grid: tile"
         raise BadInput(f"{what}: needs sorted tiles; use --method rptq+, or set clusters.tile and clusters.wide")

@@ -18,11 +18,12 @@ from ptq.architectures import Geometry, Spec
 from ptq.balance import balance
 from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
+from ptq.fine import fine_groups
 from ptq.gram import Drift, Gram
-from ptq.recipe import Recipe, quantizes_activations, wants_sample
+from ptq.recipe import Recipe, has_fine_groups, quantizes_activations, wants_sample
 from ptq.sample import every_of
 from ptq.sequential import Forwards, run_again, run_paused
-from ptq.sites import InputSite, Statistics, block_sites, collect, until_last_input
+from ptq.sites import InputSite, Statistics, block_sites, collect, input_sites, until_last_input
 from ptq.source import Checkpoint, not_finite
 
 # Bytes of stopped forwards that a true-sequential run may hold; with more calibration tokens it runs up to each site anew.
@@ -97,8 +98,9 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         except ValueError as err:
             raise NumericalFailure(f"{prefix}: {err}") from err
     set_softmax_bits(block, spec, recipe.activations.softmax_bits)
+    fine = _fine_groups(run, block, folded, orders) if has_fine_groups(recipe) else {}
     if in_order:
-        facts, out = _solve_in_order(run, i, [forwards, *beside], orders, prefix, strategy(block, states))
+        facts, out = _solve_in_order(run, i, [forwards, *beside], orders, fine, prefix, strategy(block, states))
     else:
         if by_block and not one_pass:
             H = _measured(run, forwards, prefix, ranges=False, hessians=True).H
@@ -108,7 +110,8 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         tokens = int(distributed.total(torch.tensor(sum(x.shape[0] * x.shape[1] for x in states))))
         facts = []
         for site in block_sites(spec, block):
-            facts += _compress_site(run, i, block, site, H.pop(site.name, None), orders, prefix, tokens)
+            H_site, fine_site = H.pop(site.name, None), fine.get(site.name)
+            facts += _compress_site(run, i, block, site, H_site, orders, prefix, tokens, fine=fine_site)
         out = [forward() for forward in forwards.each]
     out = [x.cpu() for x in out]
     bad = sum(map(not_finite, out))
@@ -148,10 +151,20 @@ def _fold(run: Run, forwards: Forwards, found: Statistics, prefix: str) -> tuple
     return orders, reorder.folded_statistics(found, orders, turned)
 
 
-def _compress_site(run: Run, i: int, block, site: InputSite, H, orders, prefix: str, tokens: int, drift=None):
+def _fine_groups(run: Run, block: nn.Module, found: Statistics, orders: reorder.Orders) -> dict[str, torch.Tensor]:
+    """By site, which weight groups have more bits; `found` is of the block as it is now."""
+    sites, w = input_sites(run.spec), run.recipe.weights
+    channels = {site.name: block.get_submodule(site.linears[0]).in_features for site in sites}
+    sizes = {site.name: weights.group_sizes(channels[site.name], site, run.recipe, orders) for site in sites}
+    return fine_groups(block, sites, found.samples, sizes, bits=w.bits, share=w.fine)
+
+
+def _compress_site(
+    run: Run, i: int, block, site: InputSite, H, orders, prefix: str, tokens: int, drift=None, fine=None
+):
     pattern = weights.pattern_for(run.recipe, f"{prefix}.{site.name}", i, run.blocks, run.shares)
     return weights.compress_site(
-        block, site, run.recipe, H, orders, prefix, pattern=pattern, tokens=tokens, drift=drift
+        block, site, run.recipe, H, orders, prefix, pattern=pattern, tokens=tokens, drift=drift, fine=fine
     )
 
 
@@ -166,7 +179,7 @@ def forwards_of(run: Run, i: int, block: nn.Module, states: list[torch.Tensor]) 
 
 
 def _solve_in_order(
-    run: Run, i: int, runs: list[Forwards], orders: reorder.Orders, prefix: str, run_all: Callable
+    run: Run, i: int, runs: list[Forwards], orders: reorder.Orders, fine: dict, prefix: str, run_all: Callable
 ) -> tuple[list[weights.LayerFact], list[torch.Tensor]]:
     """Every site of the first run's block on what the compressed sites before it make; returns the facts and all runs' outputs."""
     block = runs[0].block
@@ -197,7 +210,8 @@ def _solve_in_order(
             drift = sum_of(Drift, block, site, drifts).take()
             del drifts[site.name]
         if site.linears:
-            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens, drift))
+            fine_site = fine.get(site.name)
+            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens, drift, fine_site))
 
     outputs = run_all(runs, block_sites(run.spec, block), measure=measure, finish=finish)
     return facts, [x for out in outputs for x in out]

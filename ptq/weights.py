@@ -21,12 +21,16 @@ from ptq.sites import InputSite
 
 @dataclass(frozen=True)
 class LayerFact:
-    """What the report says of one linear. `relative_error` is that of all linears sharing its input, in the H norm."""
+    """What the report says of one linear. `relative_error` is that of all linears sharing its input, in the H norm.
+
+    fine_share: share of the weights with twice the bits.
+    """
 
     name: str
     shape: tuple[int, int]
     bits: int
     groups: int
+    fine_share: float
     sparsity: float | None
     keep: str | None
     storage: str
@@ -60,6 +64,7 @@ def compress_site(
     pattern: sparsegpt.Pattern | None = None,
     tokens: int | None = None,
     drift: torch.Tensor | None = None,
+    fine: torch.Tensor | None = None,
 ) -> list[LayerFact]:
     """Compress the linears of one site in place.
 
@@ -68,6 +73,7 @@ def compress_site(
         pattern: what to prune, None for nothing.
         tokens: how many tokens H is made of.
         drift: float32 [C, C], sum (x - xhat) xhat^T, where targets are asymmetric.
+        fine: bool [G], weight groups with more bits, where some have.
 
     Raises:
         NumericalFailure: H could not be factored, with the module and the damping tried; with on_failure "skip" the
@@ -86,7 +92,7 @@ def compress_site(
     else:
         try:
             sizes = group_sizes(linears[0].in_features, site, recipe, orders)
-            outcome = _solve(linears, H, sizes, recipe, pattern, drift)
+            outcome = _solve(linears, H, sizes, recipe, pattern, drift, fine)
         except sparsegpt.SolveError as err:
             if recipe.on_failure != "skip":
                 raise NumericalFailure(f"{name}: {err}") from err
@@ -146,6 +152,7 @@ def _solve(
     recipe: Recipe,
     pattern: sparsegpt.Pattern | None,
     drift: torch.Tensor | None,
+    fine: torch.Tensor | None,
 ) -> Outcome:
     """Compress `linears`, stacked along their rows, of which each process solves its share."""
     bits, sizes = recipe.weights.bits, sizes.to(linears[0].weight.device)
@@ -165,11 +172,11 @@ def _solve(
         if drift is not None:
             W = sparsegpt.asymmetric_target(W, drift, factor, strength=recipe.weights.asymmetric)
         if pattern is None:
-            solution = sparsegpt.solve(W, factor, **grid, **kernels)
+            solution = sparsegpt.solve(W, factor, **grid, fine=fine, **kernels)
         else:
             p = recipe.pruning
             how = {"method": p.method, "refine_steps": p.refine, "parts": [len(part) for part in shares]}
-            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, **kernels)
+            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, fine=fine, **kernels)
         if grid and recipe.weights.descend:
             how = {"passes": recipe.weights.descend, "total": distributed.total}
             solution = sparsegpt.descend(W, solution, H, factor, **how)
@@ -214,7 +221,8 @@ def store(
     for i, (linear, weight, kept) in enumerate(zip(linears, solution.weight.split(rows), masks)):
         if solution.codes is not None:
             codes, scale, zero = (t.split(rows)[i] for t in (solution.codes, solution.grid.scale, solution.grid.zero))
-            linear.pack_(codes, scale.contiguous(), zero, sizes, solution.grid.bits, kept=kept, keep=keep)
+            how = {"fine": solution.grid.fine, "kept": kept, "keep": keep}
+            linear.pack_(codes, scale.contiguous(), zero, sizes, solution.grid.bits, **how)
         else:
             linear.weight = weight.to(linear.weight.dtype)
             if packed and kept is not None:
@@ -231,6 +239,7 @@ def _fact(name: str, linear: Linear, outcome: Outcome, pattern, tokens: int | No
         shape=(R, C),
         bits=linear.bits,
         groups=linear.groups,
+        fine_share=linear.fine["channels"] / C if linear.fine else 0.0,
         sparsity=None if pattern is None else 1 - linear.kept().sum().item() / (R * C),
         keep=None if pattern is None or pattern.keep is None else "{}:{}".format(*pattern.keep),
         storage="dense" if linear.bits == 16 and sparse is None else "packed",

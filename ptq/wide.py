@@ -35,6 +35,14 @@ def branches(site: InputSite, sites: tuple[InputSite, ...]) -> tuple[str, ...]:
     return ("R3",) if site.name in ("R1", "R3") else ("R5",)
 
 
+def branch_energies(
+    block: nn.Module, sites: tuple[InputSite, ...], samples: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """By site, what its branches add to the residual stream: the energy of their last linears' outputs over the sampled tokens."""
+    added = {site.name: output_energy(block, site, samples[site.name]) for site in sites if site.name in ("R3", "R5")}
+    return {site.name: sum(added[end] for end in branches(site, sites)) for site in sites}
+
+
 def costliest(costs: dict[str, torch.Tensor], narrow: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
     """int64 [G] by site: WIDE_BITS for the costliest `share` of all clusters that have a cost, else as in `narrow`.
 

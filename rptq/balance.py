@@ -20,7 +20,9 @@ def balance_factors(energy: Tensor, weight_energy: Tensor) -> Tensor:
         raise ValueError(f"energies {list(energy.shape)} and {list(weight_energy.shape)} must both be [C]")
     for what in (energy, weight_energy):
         if not (torch.isfinite(what) & (what >= 0)).all():
-            raise ValueError(f"{int((~(torch.isfinite(what) & (what >= 0))).sum())} energies are negative or not finite")
+            raise ValueError(
+                f"{int((~(torch.isfinite(what) & (what >= 0))).sum())} energies are negative or not finite"
+            )
     live = (energy > 0) & (weight_energy > 0)
     exponent = (energy.double().log2() - weight_energy.double().log2()).where(live, 0.0) / 4
     mean = exponent[live].mean() if live.any() else exponent.new_zeros(())

@@ -4,7 +4,7 @@ from sparsegpt.admm import admm, alps
 from sparsegpt.descend import descend
 from sparsegpt.errors import SolveError
 from sparsegpt.factor import Factor, activation_order, factor
-from sparsegpt.grid import WeightGrid, dequantize, encode, fit_grid, quantize_codes
+from sparsegpt.grid import WeightGrid, dequantize, encode, fit_grid
 from sparsegpt.nearest import round_to_nearest
 from sparsegpt.pattern import Pattern, lowest
 from sparsegpt.prune import METHODS, prune
@@ -34,7 +34,6 @@ __all__ = [
     "fit_grid",
     "lowest",
     "prune",
-    "quantize_codes",
     "refine",
     "round_to_nearest",
     "solve",

@@ -1,4 +1,8 @@
-"""Asymmetric weight grids, one per (row, group of contiguous columns), and rounding onto them."""
+"""Asymmetric weight grids, one per (row, group of contiguous columns), and rounding onto them.
+
+A group may be fine: its codes are twice as long and its step is 2^-b of its scale, so that the high b bits of its codes are codes like all
+others, and the low ones too, of a smaller scale.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +18,34 @@ SHARES = tuple(1 - 0.05 * i for i in range(9))
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """q = clamp(round(w / scale) + zero, 0, 2^bits - 1), w_hat = (q - zero) * scale.
+    """q = clamp(round(w / step) + zero, 0, top), w_hat = (q - zero) * step.
 
     scale: [R, G], positive, in the dtype that will be stored (the arithmetic uses exactly these values, as float32).
-    zero: float32 [R, G], integers in [0, 2^bits - 1]. sizes: int64 [G], columns of each group, in order. bits: 2..8.
+    zero: float32 [R, G], integers in [0, top]. sizes: int64 [G], columns of each group, in order. bits: 2..8.
+    fine: bool [G], groups of twice the bits; None for none.
     """
 
     scale: Tensor
     zero: Tensor
     sizes: Tensor
     bits: int
+    fine: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """float32 [R, G]: what one code is worth."""
+        return self.scale.float() / refinement(self.sizes, self.bits, self.fine)
+
+    @property
+    def top(self) -> Tensor:
+        """float32 [G]: the largest code, 2^b - 1 of the group's b bits."""
+        return 2**self.bits * refinement(self.sizes, self.bits, self.fine) - 1
+
+
+def refinement(sizes: Tensor, bits: int, fine: Tensor | None) -> Tensor:
+    """float32 [G]: into how many steps the scale of each group is cut."""
+    ones = torch.ones_like(sizes, dtype=torch.float32)
+    return ones if fine is None else torch.where(fine, 2.0**bits, ones)
 
 
 def group_index(sizes: Tensor, channels: int) -> Tensor:
@@ -39,6 +61,7 @@ def fit_grid(
     bits: int,
     *,
     importance: Tensor | None = None,
+    fine: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
     total: Callable = alone,
 ) -> WeightGrid:
@@ -48,8 +71,8 @@ def fit_grid(
     least sum_c importance_c (w_c - w_hat_c)^2, importance_c being the energy of channel c, diag H. Scales are raised to at least 2^-20
     and rounded to scale_dtype; when the largest is outside that dtype's normal range (float16: 2^-14 to 65504) all stay float32. A
     group of zeros has scale 1 and zero 0.
-    total: as for `solve`.
-    Raises ValueError for W that is not a finite matrix, bits outside 2..8, or bad sizes.
+    fine: bool [G], groups of twice the bits. total: as for `solve`.
+    Raises ValueError for W that is not a finite matrix, bits outside 2..8, fine groups of more than 8 bits, or bad sizes.
     """
     if W.ndim != 2 or not W.is_floating_point():
         raise ValueError(f"W must be a float matrix [R, C], got {W.dtype} {list(W.shape)}: reshape or cast it")
@@ -57,7 +80,13 @@ def fit_grid(
         raise ValueError(f"bits must be 2..8, got {bits}")
     sizes = sizes.to(W.device)
     group_index(sizes, W.shape[1])
-    levels = 2**bits - 1
+    if fine is not None and (bits > 4 or fine.shape != sizes.shape):
+        raise ValueError(
+            f"fine {list(fine.shape)} for {sizes.numel()} groups of {bits} bits: one flag a group, at most 4 bits"
+        )
+    fine = None if fine is None else fine.to(W.device)
+    cuts = refinement(sizes, bits, fine)  # [G]
+    levels = 2**bits * cuts - 1  # [G]
     parts = W.split(sizes.tolist(), dim=1)
     low = torch.stack([part.amin(1) for part in parts], 1).float().clamp_(max=0)  # [R, G]
     high = torch.stack([part.amax(1) for part in parts], 1).float().clamp_(min=0)  # [R, G]
@@ -67,7 +96,7 @@ def fit_grid(
     if importance is not None:
         low, high = _narrowed(parts, low, high, importance.float().split(sizes.tolist()), levels)
     # Dividing before subtracting keeps the range of two huge weights of opposite sign finite.
-    scale = (high / levels - low / levels).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = ((high / levels - low / levels) * cuts).clamp_(min=torch.finfo(torch.float32).tiny)
     constant = high == low
     info = torch.finfo(scale_dtype)
     # Counts, because these can be summed over the processes that hold the other rows.
@@ -78,23 +107,24 @@ def fit_grid(
         # Small groups beside normal ones: a subnormal scale is coarse, but the grid is used as stored. The floor keeps its
         # rounding within 3%, at steps that no float16 weight of the tensor can tell from zero.
         scale = scale.clamp_(min=SMALLEST_SCALE).to(scale_dtype)
-    zero = torch.round(-low / scale.float()).clamp_(0, levels)
-    return WeightGrid(scale, zero, sizes, bits)
+    zero = torch.round(-low / (scale.float() / cuts)).clamp_(min=0).minimum(levels)
+    return WeightGrid(scale, zero, sizes, bits, fine)
 
 
 def _narrowed(
-    parts: tuple[Tensor, ...], low: Tensor, high: Tensor, importance: tuple[Tensor, ...], levels: int
+    parts: tuple[Tensor, ...], low: Tensor, high: Tensor, importance: tuple[Tensor, ...], levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """low, high [R, G] of the groups `parts`, L x [R, n], each times its best share."""
+    """low, high [R, G] of the groups `parts`, G x [R, n], each times its best share."""
     ends = []
-    for part, m, M, weight in zip(parts, low.split(1, 1), high.split(1, 1), importance, strict=True):
+    groups = zip(parts, low.split(1, 1), high.split(1, 1), importance, levels.tolist(), strict=True)
+    for part, m, M, weight, top in groups:
         w, share = part.float(), torch.ones_like(m)
         least = torch.full_like(m, torch.inf)
         for candidate in SHARES:
-            s = ((M - m) * (candidate / levels)).clamp_(min=torch.finfo(torch.float32).tiny)  # [R, 1]
+            s = ((M - m) * (candidate / top)).clamp_(min=torch.finfo(torch.float32).tiny)  # [R, 1]
             z = torch.round(-m * candidate / s)
             error = (
-                torch.round(w / s).add_(z).clamp_(0, levels).sub_(z).mul_(s).sub_(w).square_() @ weight[:, None]
+                torch.round(w / s).add_(z).clamp_(0, top).sub_(z).mul_(s).sub_(w).square_() @ weight[:, None]
             )  # [R, 1]
             better = error < least
             share, least = torch.where(better, candidate, share), torch.where(better, error, least)
@@ -102,22 +132,18 @@ def _narrowed(
     return torch.cat([m for m, _ in ends], 1), torch.cat([M for _, M in ends], 1)
 
 
-def quantize_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Nearest codes on the grid, ties to even: clamp(round(w / scale) + zero, 0, 2^bits - 1). Broadcasts -> uint8."""
-    return torch.round(w.float() / scale.float()).add_(zero).clamp_(0, 2**bits - 1).to(torch.uint8)
-
-
 def encode(W: Tensor, grid: WeightGrid) -> Tensor:
-    """Nearest codes of a whole matrix: W float [R, C] -> uint8 [R, C]."""
+    """Nearest codes of a whole matrix, ties to even: W float [R, C] -> uint8 [R, C]."""
     parts = W.split(grid.sizes.tolist(), dim=1)
-    columns = zip(parts, grid.scale.split(1, 1), grid.zero.split(1, 1), strict=True)
-    return torch.cat([quantize_codes(w, scale, zero, grid.bits) for w, scale, zero in columns], 1)
+    columns = zip(parts, grid.step.split(1, 1), grid.zero.split(1, 1), grid.top.tolist(), strict=True)
+    codes = (torch.round(w.float() / step).add_(zero).clamp_(0, top) for w, step, zero, top in columns)
+    return torch.cat([q.to(torch.uint8) for q in codes], 1)
 
 
 def dequantize(codes: Tensor, grid: WeightGrid) -> Tensor:
-    """The weights that codes stand for, (q - zero) * scale: uint8 [R, C] -> float32 [R, C]."""
+    """The weights that codes stand for, (q - zero) * step: uint8 [R, C] -> float32 [R, C]."""
     weight = codes.float()
     parts = weight.split(grid.sizes.tolist(), dim=1)
-    for part, scale, zero in zip(parts, grid.scale.split(1, 1), grid.zero.split(1, 1), strict=True):
-        part.sub_(zero).mul_(scale.float())
+    for part, step, zero in zip(parts, grid.step.split(1, 1), grid.zero.split(1, 1), strict=True):
+        part.sub_(zero).mul_(step)
     return weight

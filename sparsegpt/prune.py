@@ -58,6 +58,7 @@ def prune(
     refine_steps: int = 0,
     bits: int | None = None,
     sizes: Tensor | None = None,
+    fine: Tensor | None = None,
     clip: bool = False,
     parts: list[int] | None = None,
     sweep: Callable = torch_sweep,
@@ -66,9 +67,9 @@ def prune(
 ) -> Solution:
     """Prune W float [R, C] by `method` (METHODS), then refine, then quantize on the mask.
 
-    H float [C, C], factor its `factor`. refine_steps: conjugate gradient steps on the kept weights. bits, sizes, clip: as for `solve`:
-    one more sweep with the mask fixed (arXiv 2301.00774, eq. 7), whose target and grids are the pruned weights where these make up
-    for what is gone: at the least-squares optimum W_r on the mask the error of any Q with that mask splits into that of W_r and
+    H float [C, C], factor its `factor`. refine_steps: conjugate gradient steps on the kept weights. bits, sizes, fine, clip: as for
+    `solve`: one more sweep with the mask fixed (arXiv 2301.00774, eq. 7), whose target and grids are the pruned weights where these make
+    up for what is gone: at the least-squares optimum W_r on the mask the error of any Q with that mask splits into that of W_r and
     tr((W_r - Q) H (W_r - Q)^T). Weights that only lost some of their number (SCORES, not refined) are swept from W instead.
     parts: rows of the weights stacked in W, each with its own budget. sweep, lowest, total: as for `solve`.
     Raises ValueError for an unknown method and what `solve`, `choose` and `refine` refuse.
@@ -84,7 +85,7 @@ def prune(
     compensated = refine_steps > 0 or method not in SCORES
     found = Solution(weight, mask=mask)
     if bits is not None:
-        grid = {"bits": bits, "sizes": sizes, "clip": clip}
+        grid = {"bits": bits, "sizes": sizes, "fine": fine, "clip": clip}
         found = solve(weight if compensated else W, factor, mask=mask, **grid, sweep=sweep, total=total)
     energies = [energy(by_step(D, factor), factor) for D in (W.float() - found.weight, W)]
     loss, reference = total(torch.tensor(energies, dtype=torch.float64)).tolist()

@@ -29,6 +29,7 @@ def solve(
     mask: Tensor | None = None,
     sizes: Tensor | None = None,
     bits: int | None = None,
+    fine: Tensor | None = None,
     clip: bool = False,
     parts: Sequence[int] | None = None,
     update_block: int = 128,
@@ -40,8 +41,9 @@ def solve(
     """Prune, quantize, or both in one sweep: W float [R, C] column by column in factor.order, each absorbing the errors before it.
 
     pattern: choose the mask on the way (SparseGPT). mask: bool [R, C], a mask from elsewhere, False is pruned. Neither: GPTQ.
-    bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted to W before the sweep. clip: let
-    a grid leave out the ends of its range where that lowers the error weighted by diag H.
+    bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted to W before the sweep. fine: bool
+    [G], groups of twice the bits. clip: let a grid leave out the ends of its range where that lowers the error weighted
+    by diag H.
     parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one weight).
     sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
     total: where several processes solve the same weights at once, each some of the rows of every part, the sum of a tensor over all
@@ -55,7 +57,7 @@ def solve(
     importance = torch.empty_like(factor.V[0]).index_copy(0, factor.order, factor.V.square().sum(1)) if clip else None
     grid = None
     if bits is not None:
-        grid = fit_grid(W, sizes, bits, importance=importance, scale_dtype=scale_dtype, total=total)
+        grid = fit_grid(W, sizes, bits, importance=importance, fine=fine, scale_dtype=scale_dtype, total=total)
     R, C = W.shape
     columns = by_step(W, factor)  # [C, R], turns from W into D = W - W_hat block by block
     kept = _given_mask(W, factor, pattern, mask)
@@ -104,9 +106,9 @@ def _solve_block(
     channels = factor.order[block]
     if grid:
         group = group_index(grid.sizes, factor.order.numel())[channels]
-        scale = grid.scale.t()[group].float()  # [block, R]
+        scale = grid.step.t()[group]  # [block, R]
         zero = grid.zero.t()[group]  # [block, R]
-        options |= {"scale": scale, "low": -zero, "high": 2**grid.bits - 1 - zero}
+        options |= {"scale": scale, "low": -zero, "high": grid.top[group, None] - zero}
     final, chosen, errors = sweep(W1, steps, **options)
     if keep is not None:
         kept[block] = chosen

@@ -9,6 +9,7 @@ from lowbit.group4 import Group4
 from lowbit.lowest import lowest
 from lowbit.modules import ActivationQuantizer, Linear, Norm, build
 from lowbit.packing import pack, packed_length, unpack
+from lowbit.planar import PlanarWeight, planar_weight
 from lowbit.sparse_linear import SparseTiles, sparse_linear, sparse_tiles
 from lowbit.sweep import sweep
 
@@ -17,6 +18,7 @@ __all__ = [
     "Group4",
     "Linear",
     "Norm",
+    "PlanarWeight",
     "SparseTiles",
     "add_gram",
     "build",
@@ -24,6 +26,7 @@ __all__ = [
     "operation",
     "pack",
     "packed_length",
+    "planar_weight",
     "register_backend",
     "sparse_linear",
     "sparse_tiles",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.cpu import native
 from lowbit.planar import TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
+from lowbit.planar_reference import repeat_tiles
 
 EXACT = 3  # int8 codes a number
 # Beyond, three codes a number cost more than to unpack the weight once and multiply in floating point.
@@ -57,8 +58,9 @@ def _laid_out(linear, quantizer) -> PlanarWeight | None:
     if quantizer is not None and not _takes(quantizer, linear.in_features):
         return None
     stored = linear.weight_packed, linear.weight_scale, linear.weight_zero, linear.weight_groups
+    fine = None if linear.fine is None else (linear.weight_rest, linear.weight_rest_zero, linear.weight_fine)
     try:
-        return planar_weight(*stored, bits=linear.bits, channels=linear.in_features)
+        return planar_weight(*stored, bits=linear.bits, channels=linear.in_features, fine=fine)
     except ValueError:  # groups inside a tile
         return None
 
@@ -93,13 +95,13 @@ def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> 
 def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
     from lowbit.cpu import planar as cpu
 
-    x = x.contiguous()
+    x, again = x.contiguous(), {"repeats": weight.repeats}
     if quantizer.mode == "static":
-        codes = cpu.quantize_static(x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long())
+        codes = cpu.quantize_static(x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long(), **again)
     elif quantizer.mode == "tile":
-        codes = cpu.quantize_tiles(x, quantizer.bits, quantizer.sizes.long())
+        codes = cpu.quantize_tiles(x, quantizer.bits, quantizer.sizes.long(), **again)
     else:
-        codes = cpu.quantize_token(x, quantizer.token_bits)
+        codes = cpu.quantize_token(x, quantizer.token_bits, **again)
     return cpu.planar_linear(*codes, weight, bias)
 
 
@@ -109,6 +111,7 @@ def _unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
 
     a, step = exact_codes(x, EXACT)  # [N, T, Kp], [N, T, G]
     counts = step * a.unflatten(2, (-1, TILE)).sum(3, dtype=torch.int32)  # [N, T, G, 64] -> [N, T, G]
+    a, step, _, counts = repeat_tiles((a, step, None, counts), x.shape[1], weight.repeats)
     y = cpu.planar_linear(a.flatten(0, 1), step.flatten(0, 1), None, counts.flatten(0, 1), weight)  # [N T, R]
     y = y.view(EXACT, len(x), weight.rows).sum(0)  # [N T, R] -> [N, T, R] -> [T, R]
     return y if bias is None else y.add_(bias)

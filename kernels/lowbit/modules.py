@@ -15,8 +15,9 @@ from lowbit import integer
 from lowbit.backend import operation
 from lowbit.group4 import Group4, decompress
 from lowbit.group4 import compress as group4_compress
-from lowbit.packing import pack
+from lowbit.packing import pack, packed_length
 from lowbit.planar import PlanarWeight
+from lowbit.reference import fine_channels
 from lowbit.sinks import sink_rows
 from lowbit.sparse import bitmask_encode, index_bytes, nm_encode, slots_per_row
 from lowbit.sparse_linear import SparseTiles, pays, sparse_linear, sparse_tiles
@@ -103,6 +104,9 @@ class Linear(nn.Module):
 
     Buffers at bits < 16: `weight_packed` uint8 [R, ceil(C bits/8)], `weight_scale` [R, G], `weight_zero` uint8 [R, ceil(G bits/8)],
     `weight_groups` int32 [G]. With codec "group4": `weight_packed`, `weight_scale`, `weight_minimum` of FlexGen's codec along R.
+    Fine groups have twice the bits: what is above holds the high half of their codes and zero points, and `weight_rest` uint8
+    [R, ceil(K bits/8)], `weight_rest_zero` uint8 [R, ceil(F bits/8)] the low one, of the K channels of the F groups that `weight_fine`
+    int32 [F] names; `fine` is {"groups": F, "channels": K}, None for none.
     At 16 bits: `weight` [R, C]. `bias` [R] or None. `input_quantizer` acts on x, `output_quantizer` on y (queries, keys, values).
     `rotation` is the block of the Hadamard transform of x (`lowbit.hadamard`), 1 for none; the weight's columns are in its basis.
     `planar` is the weight once more, laid out for integer kernels (`lowbit.integer.take`), and `taken_over` the quantizer of the norm
@@ -126,6 +130,7 @@ class Linear(nn.Module):
         bias: bool = True,
         scale_dtype: str = "float16",
         sparse: dict[str, Any] | None = None,
+        fine: dict[str, int] | None = None,
         dtype: torch.dtype | None = None,
         input_quantizer: ActivationQuantizer | None = None,
         output_quantizer: ActivationQuantizer | None = None,
@@ -134,6 +139,7 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rotation = in_features, out_features, rotation
         self.bits, self.groups, self.codec, self.scale_dtype, self.sparse = bits, groups, codec, scale_dtype, sparse
+        self.fine = fine
         self.input_quantizer, self.output_quantizer = input_quantizer, output_quantizer
         self.tiles: SparseTiles | None = None
         self.planar: PlanarWeight | None = None
@@ -160,6 +166,17 @@ class Linear(nn.Module):
             "weight_scale": ((R, G), SCALE_DTYPES[self.scale_dtype]),
             "weight_zero": ((R, (G * b + 7) // 8), torch.uint8),
             "weight_groups": ((G,), torch.int32),
+            **self._fine_layout(),
+        }
+
+    def _fine_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        if self.fine is None:
+            return {}
+        F, K = self.fine["groups"], self.fine["channels"]
+        return {
+            "weight_rest": ((self.out_features, packed_length(K, self.bits)), torch.uint8),
+            "weight_rest_zero": ((self.out_features, packed_length(F, self.bits)), torch.uint8),
+            "weight_fine": ((F,), torch.int32),
         }
 
     def _sparse_layout(self) -> tuple[tuple[int, ...], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
@@ -182,6 +199,7 @@ class Linear(nn.Module):
             "codec": self.codec,
             "scale_dtype": self.scale_dtype,
             "sparse": self.sparse,
+            "fine": self.fine,
             "rotation": self.rotation,
             "input": _spec_of(self.input_quantizer),
             "output": _spec_of(self.output_quantizer),
@@ -199,6 +217,7 @@ class Linear(nn.Module):
             codec=spec["codec"],
             scale_dtype=spec["scale_dtype"],
             sparse=spec["sparse"],
+            fine=spec["fine"],
             rotation=spec["rotation"],
             bias=like.bias is not None,
             dtype=like.weight.dtype,
@@ -223,27 +242,46 @@ class Linear(nn.Module):
         sizes: torch.Tensor,
         bits: int,
         *,
+        fine: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
         keep: tuple[int, int] | None = None,
     ) -> None:
         """Replace the kept weight by codes uint8 [R, C] on grids scale [R, G], zero [R, G], sizes [G].
 
+        fine: bool [G], groups whose codes and zero points have twice the bits, and steps of scale / 2^bits.
         kept: bool [R, C], None to store every code. With it only codes that are kept and differ from their zero point are stored:
             under a bitmask, or with `keep` (n, m) in n slots for each m channels.
 
         Raises:
             ValueError: codes that do not fit, a mask of another shape, or a group that keeps more than n.
         """
+        zero, sizes = zero.to(torch.uint8), sizes.to(codes.device)
+        if fine is not None and fine.any():
+            codes, zero = self._part(codes, zero, sizes, bits, fine.to(codes.device), kept)
         if kept is not None:
-            z_c = zero.to(codes).repeat_interleave(sizes.to(codes.device), dim=1)  # [R, G] -> [R, C]
+            z_c = zero.repeat_interleave(sizes, dim=1)  # [R, G] -> [R, C]
             codes = self._leave_out(codes, kept, keep, blank=z_c)
         del self.weight
         self.bits, self.groups, self.codec = bits, sizes.numel(), "grid"
         self.scale_dtype = str(scale.dtype).removeprefix("torch.")
         self.register_buffer("weight_packed", pack(codes, bits))
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_zero", pack(zero.to(torch.uint8), bits))
+        self.register_buffer("weight_zero", pack(zero, bits))
         self.register_buffer("weight_groups", sizes.to(torch.int32))
+
+    def _part(self, codes, zero, sizes, bits, fine, kept) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [R, C] and zero points [R, G] without the low bits of fine groups, which become buffers."""
+        channels = fine_channels(sizes, fine.nonzero()[:, 0])
+        rest, rest_zero = codes[:, channels] % 2**bits, zero[:, fine] % 2**bits  # [R, K], [R, F]
+        if kept is not None:
+            blank = rest_zero.repeat_interleave(sizes[fine], dim=1)  # [R, F] -> [R, K]
+            rest = torch.where(kept[:, channels], rest, blank)
+        self.fine = {"groups": rest_zero.shape[1], "channels": rest.shape[1]}
+        self.register_buffer("weight_rest", pack(rest, bits))
+        self.register_buffer("weight_rest_zero", pack(rest_zero, bits))
+        self.register_buffer("weight_fine", fine.nonzero()[:, 0].to(torch.int32))
+        refined = fine.repeat_interleave(sizes)  # [G] -> [C]
+        return torch.where(refined, codes >> bits, codes), torch.where(fine, zero >> bits, zero)
 
     def pack_sparse_(self, kept: torch.Tensor, keep: tuple[int, int] | None = None) -> None:
         """Replace the kept weight by its entries where `kept` bool [R, C], in its own dtype; all others are 0 from now on.
@@ -303,15 +341,18 @@ class Linear(nn.Module):
             shape = (self.out_features, self.in_features)
             stored = Group4(self.weight_packed, self.weight_scale, self.weight_minimum, shape, 0, GROUP4)
             return decompress(stored, torch.float32)
-        if self.sparse is not None:
-            return self._decoded()
         if self.bits == 16:
-            return self.weight
+            return self.weight if self.sparse is None else self._decoded()
+        coarse = self._on_grids() if self.sparse is None else self._decoded()
+        if self.fine is None:
+            return coarse
+        rest = self.weight_rest, self.weight_rest_zero, self.weight_scale, self.weight_groups.long()
+        return operation("refine_weight", coarse.device.type)(coarse, *rest, self.weight_fine.long(), bits=self.bits)
+
+    def _on_grids(self) -> torch.Tensor:
         run = operation("dequantize_weight", self.weight_packed.device.type)
-        groups = self.weight_groups.long()
-        return run(
-            self.weight_packed, self.weight_scale, self.weight_zero, groups, bits=self.bits, channels=self.in_features
-        )
+        stored = self.weight_packed, self.weight_scale, self.weight_zero, self.weight_groups.long()
+        return run(*stored, bits=self.bits, channels=self.in_features)
 
     def _decoded(self) -> torch.Tensor:
         if self.sparse["kind"] == "bitmask":

@@ -11,6 +11,9 @@ zero codes to Kp, a multiple of UNIT = 128. Codes are centred, v = q - 2^(b-1), 
 Byte j < 32 of a unit's two-bit plane: channels j, 32 + j, 64 + j, 96 + j in bits 0-1, 2-3, 4-5, 6-7. Byte j < 16 of a unit's sign plane:
 channels j, 16 + j, ..., 112 + j in bits 0 to 7. The sign stands apart because a kernel with unsigned codes, v + 4, then only inverts a
 plane of one bit, and one with signed codes finds v times 32 in the top bits of a byte.
+
+A fine group's codes are twice as long. Their high bits lie where all codes do; the low bits of its tiles follow behind the last tile with
+channels as tiles of their own, and read the activations of those tiles once more (`repeats`).
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class PlanarWeight:
 
     planes: the codes, as the module says. scale, zero, total: float32 [G, R]; zero = scale (z - 2^(b-1)), None where every zero point z
     is 2^(b-1); total is the sum of W over the tile's channels. A tile of padding has scale, zero and total 0.
+    repeats: int64 [E], the tiles that have a second one, which adds to W; these follow in this order. None for none.
 
     Raises:
         ValueError: tensors of other shapes or dtypes, not contiguous, or on several devices.
@@ -53,6 +57,7 @@ class PlanarWeight:
     scale: Tensor
     zero: Tensor | None
     total: Tensor
+    repeats: Tensor | None = None
 
     def __post_init__(self):
         if self.bits not in PLANES or len(self.planes) != len(PLANES[self.bits]) or self.channels < 1:
@@ -80,7 +85,7 @@ class PlanarWeight:
     @property
     def padded(self) -> int:
         """Kp."""
-        return padded_channels(self.channels)
+        return all_tiles(self.channels, self.repeats) * TILE
 
     @property
     def tiles(self) -> int:
@@ -97,6 +102,12 @@ class PlanarWeight:
 def padded_channels(channels: int) -> int:
     """Kp: channels filled up to whole units."""
     return -(-channels // UNIT) * UNIT
+
+
+def all_tiles(channels: int, repeats: Tensor | None) -> int:
+    """G: the tiles of the channels and those repeated, filled up to whole units."""
+    tiles = -(-channels // TILE) + (0 if repeats is None else repeats.numel())
+    return padded_channels(tiles * TILE) // TILE
 
 
 def tile_owners(sizes: Tensor, channels: int) -> Tensor:
@@ -119,7 +130,14 @@ def tile_owners(sizes: Tensor, channels: int) -> Tensor:
 
 
 def planar_weight(
-    packed: Tensor, scale: Tensor, zero: Tensor, sizes: Tensor, *, bits: int, channels: int
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    sizes: Tensor,
+    *,
+    bits: int,
+    channels: int,
+    fine: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> PlanarWeight:
     """Lay out a packed weight for the integer kernels.
 
@@ -130,6 +148,8 @@ def planar_weight(
         sizes: integer [n], channels per group, sum C; each but the last a multiple of 64.
         bits: 8, 4, 3 or 2.
         channels: C.
+        fine: the low bits of the codes and of the zero points of fine groups, and which these are: uint8 [R, ceil(K bits/8)], uint8
+            [R, ceil(F bits/8)], int [F], ascending.
 
     Raises:
         ValueError: a tile that straddles two groups, or tensors that do not fit each other.
@@ -138,20 +158,47 @@ def planar_weight(
     n, R = sizes.numel(), packed.shape[0]
     if scale.shape != (R, n) or zero.shape[0] != R:
         raise ValueError(f"scale {list(scale.shape)}, zero {list(zero.shape)}: {R} rows of {n} groups need [{R}, {n}]")
+    inside = (channels - torch.arange(0, channels, TILE, device=packed.device)).clamp(max=TILE)  # [tiles with channels]
+    v = _tiled(_centred(unpack(packed, bits, channels), bits))  # [R, C] -> [R, tiles, 64]
+    s = scale.float()[:, owner]  # [R, n] -> [R, tiles]
+    z = _centred(unpack(zero, bits, n), bits)[:, owner]  # [R, n] -> [R, tiles]
+    repeats = None
+    if fine is not None:
+        repeats, v_rest, z_rest = _rest(*fine, sizes.long(), owner, bits=bits)
+        v, z = torch.cat([v, v_rest], 1), torch.cat([z, z_rest], 1)
+        s, inside = torch.cat([s, s[:, repeats] / 2**bits], 1), torch.cat([inside, inside[repeats]])
+    G = all_tiles(channels, repeats)
+    more = G - v.shape[1]
+    v, s, z = F.pad(v, (0, 0, 0, more)), F.pad(s, (0, more)), F.pad(z, (0, more))
+    shifts = s * z  # [R, G]
+    total = s.double() * v.sum(2, dtype=torch.int32) - shifts.double() * F.pad(
+        inside, (0, more)
+    )  # [R, G, 64] -> [R, G]
+    grids = [t.float().t().contiguous() for t in (s, shifts, total)]  # [R, G] -> [G, R]
+    if not z.any():
+        grids[1] = None
+    return PlanarWeight(bits, channels, R, _to_planes(v.flatten(1), bits), *grids, repeats)  # [R, G, 64] -> [R, Kp]
+
+
+def _rest(codes: Tensor, zero: Tensor, fine: Tensor, sizes: Tensor, owner: Tensor, *, bits: int):
+    """(repeats [E], v [R, E, 64], z [R, E]) of the tiles of fine groups: low bits, centred."""
+    fine, of_fine = fine.long(), sizes[fine.long()]
+    repeats = torch.isin(owner, fine).nonzero()[:, 0]
+    z = _centred(unpack(zero, bits, fine.numel()), bits)  # [R, F]
+    low = _centred(unpack(codes, bits, int(of_fine.sum())), bits)  # [R, K]
+    v = torch.cat([_tiled(part) for part in low.split(of_fine.tolist(), 1)], 1)  # F x [R, n] -> [R, E, 64]
+    return repeats, v, z[:, torch.searchsorted(fine, owner[repeats])]  # [R, F] -> [R, E]
+
+
+def _centred(codes: Tensor, bits: int) -> Tensor:
+    """q - 2^(b-1), uint8 -> int8."""
     middle = 2 ** (bits - 1)
-    codes = unpack(packed, bits, channels)  # [R, C]
-    Kp = padded_channels(channels)
-    v = F.pad((codes ^ middle).view(torch.int8) if bits == 8 else codes.view(torch.int8) - middle, (0, Kp - channels))
-    G = Kp // TILE
-    sums = v.unflatten(1, (G, TILE)).sum(2, dtype=torch.int32).t()  # [R, Kp] -> [G, R]
-    wide = F.pad(scale.float().t()[owner], (0, 0, 0, G - owner.numel()))  # [R, n] -> [G, R]
-    centred = unpack(zero, bits, n).t()[owner].float() - middle  # [R, n] -> [tiles with channels, R]
-    shifts = wide * F.pad(centred, (0, 0, 0, G - owner.numel()))  # [G, R]
-    inside = (channels - torch.arange(0, Kp, TILE, device=v.device)).clamp(0, TILE)[:, None]  # [G, 1]
-    total = (wide.double() * sums - shifts.double() * inside).float()
-    symmetric = not bool(centred.any())
-    grids = wide.contiguous(), None if symmetric else shifts.contiguous(), total.contiguous()
-    return PlanarWeight(bits, channels, R, _to_planes(v.contiguous(), bits), *grids)
+    return (codes ^ middle).view(torch.int8) if bits == 8 else codes.view(torch.int8) - middle
+
+
+def _tiled(v: Tensor) -> Tensor:
+    """[R, C] -> [R, ceil(C / 64), 64], zeros behind C."""
+    return F.pad(v, (0, -v.shape[1] % TILE)).unflatten(1, (-1, TILE))
 
 
 def unplanar(weight: PlanarWeight) -> Tensor:

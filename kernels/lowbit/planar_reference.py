@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.planar import TILE, PlanarWeight, padded_channels, padded_codes, tile_owners
+from lowbit.planar import TILE, PlanarWeight, all_tiles, padded_channels, padded_codes, tile_owners
 from lowbit.reference import tile_extremes
 
 Quantized = tuple[Tensor, Tensor, Tensor | None, Tensor]
@@ -58,6 +58,22 @@ def folded_bias(shift: Tensor, weight: PlanarWeight, bias: Tensor | None = None)
     """bias[r] + sum_g shift[g] total[g, r]: shift float32 [1, G] of a static grid, bias float [R] -> float32 [R]."""
     constant = (shift.double() @ weight.total.double())[0]  # [1, G] [G, R] -> [R]
     return (constant if bias is None else constant + bias).float()
+
+
+def repeat_tiles(quantized: Quantized, channels: int, repeats: Tensor | None) -> Quantized:
+    """Codes and grids with some tiles once more, as a weight reads them that has `PlanarWeight.repeats`: each [..., G'] for [..., G]."""
+    if repeats is None:
+        return quantized
+    a, step, shift, count = quantized
+    tiles, G = -(-channels // TILE), all_tiles(channels, repeats)
+    index = torch.cat([torch.arange(tiles, device=repeats.device), repeats])
+
+    def again(t: Tensor | None, blank: float) -> Tensor | None:
+        return None if t is None else F.pad(t[..., index], (0, G - index.numel()), value=blank)
+
+    codes = a.unflatten(-1, (-1, TILE))[..., index, :]  # [..., Kp] -> [..., tiles + E, 64]
+    a = F.pad(codes, (0, 0, 0, G - index.numel())).flatten(-2)  # [..., G', 64] -> [..., Kp']
+    return a, again(step, 1), again(shift, 0), again(count, 0)
 
 
 def quantize_tiles_planar(x: Tensor, bits: Tensor, sizes: Tensor) -> Quantized:

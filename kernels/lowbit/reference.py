@@ -77,7 +77,9 @@ def quantize_activation_tiles(x: torch.Tensor, bits: torch.Tensor, sizes: torch.
         s, z, t, b = (v.unsqueeze(-1) for v in (s, z, top, bits))  # [..., G] -> [..., G, 1]
     else:
         tiles, C = x, x.shape[-1]
-        s, z, t, b = (v.repeat_interleave(sizes, dim=-1, output_size=C) for v in (s, z, top, bits))  # [..., G] -> [..., C]
+        s, z, t, b = (
+            v.repeat_interleave(sizes, dim=-1, output_size=C) for v in (s, z, top, bits)
+        )  # [..., G] -> [..., C]
     codes = torch.round(tiles.float() / s).add_(z)
     codes = torch.minimum(codes.clamp_(min=0), t)
     return torch.where(b >= 16, tiles, codes.sub_(z).mul_(s).to(x.dtype)).reshape(x.shape)  # [..., G, n] -> [..., C]
@@ -195,6 +197,43 @@ def dequantize_nm(
     z_c = _zero_points(zero, sizes, bits, channels)
     codes = unpack(packed, bits, slots_per_row(channels, keep))  # [R, S]
     return _on_grid(nm_decode(codes, indices, channels=channels, keep=keep, blank=z_c), z_c, scale, sizes)
+
+
+def refine_weight(
+    coarse: torch.Tensor,
+    rest: torch.Tensor,
+    zero: torch.Tensor,
+    scale: torch.Tensor,
+    sizes: torch.Tensor,
+    fine: torch.Tensor,
+    *,
+    bits: int,
+) -> torch.Tensor:
+    """Add to a dequantized weight what its fine groups' low bits say: W[r, c] += (q[r, c] - z[r, g]) s[r, g] / 2^b.
+
+    Args:
+        coarse: float32 [R, C], from the high bits of all codes; changed in place.
+        rest: uint8 [R, ceil(K bits/8)], the low bits of the codes of the fine groups' K channels, in order.
+        zero: uint8 [R, ceil(F bits/8)], those of their zero points.
+        scale: float [R, G], of the high bits.
+        sizes: int64 [G], sum C.
+        fine: int64 [F], the fine groups, ascending.
+
+    Returns:
+        coarse.
+    """
+    of_fine = sizes[fine]  # [F]
+    channels = fine_channels(sizes, fine)  # [K]
+    codes = unpack(rest, bits, channels.numel())  # [R, K]
+    z_c = unpack(zero, bits, fine.numel()).repeat_interleave(of_fine, dim=1)  # [R, F] -> [R, K]
+    step = scale[:, fine].float() / 2**bits  # [R, F]
+    return coarse.index_add_(1, channels, _on_grid(codes, z_c, step, of_fine))
+
+
+def fine_channels(sizes: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """int64 [K]: the channels of groups `fine`, of groups of `sizes` channels each."""
+    chosen = torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, fine, True)
+    return chosen.repeat_interleave(sizes).nonzero()[:, 0]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

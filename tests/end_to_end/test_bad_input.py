@@ -394,7 +394,7 @@ def test_damaged_packed_files_are_refused(packed):
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"format_version": 99}, "packed format version 99, this release reads 3; upgrade"),
+        ({"format_version": 99}, "packed format version 99, this release reads 4; upgrade"),
         ({"modules": {"model.decoder.layers.0.nothing": {"kind": "linear"}}}, "cannot be loaded"),
         ({"modules": {"model.decoder.layers.0.fc1": {"kind": "linear"}}}, "cannot be loaded"),
         ({"modules": {}}, "missing keys or keys of another shape: .*fc1.weight"),

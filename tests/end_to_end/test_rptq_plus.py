@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from lowbit.modules import ActivationQuantizer, Linear, Norm
@@ -14,6 +16,7 @@ from ptq.recipe_build import build
 from ptq.sites import collect, until_last_input
 
 TILES = {"tile": 32, "wide": 0.125, "rotate": True}
+FINE = {"fine": 0.2}
 FORMS = {"dynamic": {}, "static": {"activations": {"grid": "cluster"}}}
 
 
@@ -63,7 +66,10 @@ def runs(model_folder, recipe_for, run, tmp_path_factory):
         if (family, form) not in done:
             out = tmp_path_factory.mktemp("plus") / family
             recipe = recipe_for(
-                model_folder(family), method="rptq+", preset="W4A4KV4", **FORMS[form] | {"clusters": TILES}
+                model_folder(family),
+                method="rptq+",
+                preset="W4A4KV4",
+                **FORMS[form] | {"clusters": TILES, "weights": FINE},
             )
             done[family, form] = (out, run(recipe, out))
         return done[family, form]
@@ -117,6 +123,17 @@ def test_the_report_counts_every_bit(form, grid, runs):
     blocks = len(inputs) // 4
     assert wide == pytest.approx(blocks * max(1, round(0.125 * tiles / blocks)))
     assert {s["effective_bits"] for s in report["sites"] if s["site"] in ("k", "v")} == {4.0}
+    sizes = [math.prod(m["shape"]) for m in report["modules"]]
+    fine = sum(m["fine_share"] * n for m, n in zip(report["modules"], sizes)) / sum(sizes)
+    assert 0.1 < fine <= FINE["fine"]
+    for m in report[
+        "modules"
+    ]:  # codes, a group's scale and zero point a row, its size and its number; rows end on bytes
+        R, C = m["shape"]
+        groups = 4 * m["groups"] * (1 + m["fine_share"]) / R  # bytes a row
+        assert m["effective_bits"] == pytest.approx(
+            4 * (1 + m["fine_share"]) + (20 + 4 * m["fine_share"]) * m["groups"] / C + 8 * groups / C, abs=0.6
+        )
     # the tiles of 32 here hold Hadamard matrices of 32 (log2 32 = 5 additions a channel)
     channels = sum(s["channels"] for s in inputs)
     assert report["run_time"]["hadamard_additions"] <= 5 * channels and report["run_time"]["hadamard_additions"] > 0

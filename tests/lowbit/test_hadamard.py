@@ -61,6 +61,8 @@ def test_a_block_that_does_not_fit_is_refused(block):
         rotate(torch.zeros(1, 24), block)
 
 
-@pytest.mark.parametrize("channels, block, expected", [(128, 64, 128 * 6), (8, 1, 0), (24, 12, 24 * 11), (96, 48, 96 * (2 + 11))])
+@pytest.mark.parametrize(
+    "channels, block, expected", [(128, 64, 128 * 6), (8, 1, 0), (24, 12, 24 * 11), (96, 48, 96 * (2 + 11))]
+)
 def test_additions_are_those_of_the_fast_transform(channels, block, expected):
     assert additions(channels, block) == expected

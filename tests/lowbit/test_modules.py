@@ -410,4 +410,6 @@ def test_tiles_of_one_width_are_rounded_like_tiles_of_any():
     ragged = ActivationQuantizer.tiles(torch.cat([bits, bits[:1]]), torch.tensor([32, 32, 32, 1]))
     assert torch.equal(ragged(torch.cat([x, x[..., :1]], -1))[..., :96], together)
     for tile, width, rounded in zip(x.split(32, -1), bits.tolist(), together.split(32, -1)):
-        assert torch.equal(reference.quantize_activation_tiles(tile, torch.tensor([width]), torch.tensor([32])), rounded)
+        assert torch.equal(
+            reference.quantize_activation_tiles(tile, torch.tensor([width]), torch.tensor([32])), rounded
+        )

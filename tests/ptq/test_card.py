@@ -79,7 +79,13 @@ REPORT = {
         "other_parameters": 250,
         "skipped": [{"name": "lm_head", "reason": "outside the blocks"}],
     },
-    "bits": {"weights_effective": 4.7, "activations_effective": 4.75, "sinks": 1, "kv_bits_effective": 4.5, "softmax": 8},
+    "bits": {
+        "weights_effective": 4.7,
+        "activations_effective": 4.75,
+        "sinks": 1,
+        "kv_bits_effective": 4.5,
+        "softmax": 8,
+    },
     "run_time": {"multiplications": 20000, "hadamard_additions": 300, "dynamic_channels": 768},
     "sparsity": None,
     "sizes": {"source_bytes": 250, "compressed_bytes": 100},
@@ -155,7 +161,9 @@ def test_what_is_not_low_bit_is_said():
 
 
 def test_what_a_token_costs_at_run_time_is_said():
-    said = "1.50% as many additions for Hadamard matrices as the linears have multiplications and the ranges of 768 values"
+    said = (
+        "1.50% as many additions for Hadamard matrices as the linears have multiplications and the ranges of 768 values"
+    )
     assert said in model_card(REPORT)
     free = {"multiplications": 20000, "hadamard_additions": 0, "dynamic_channels": 0}
     assert "at run time" not in model_card({**REPORT, "run_time": free})

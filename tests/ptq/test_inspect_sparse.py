@@ -104,7 +104,13 @@ def write_packed(path, source, storage):
         specs[name], masks[name] = linear.spec(), linear.kept()
     save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     config = json.loads((source.path / "config.json").read_text())
-    quantization = {"quant_method": "ptq", "format_version": FORMAT_VERSION, "softmax_bits": 16, "kv_bits": 16, "modules": specs}
+    quantization = {
+        "quant_method": "ptq",
+        "format_version": FORMAT_VERSION,
+        "softmax_bits": 16,
+        "kv_bits": 16,
+        "modules": specs,
+    }
     config |= {"model_type": "ptq_llama", "quantization_config": quantization}
     (path / "config.json").write_text(json.dumps(config))
     (path / "report.json").write_text(json.dumps(report_of(masks, storage="packed")))

@@ -43,7 +43,10 @@ def test_later_settings_win():
         ({"preset": "W4A9"}, ["unknown preset 'W4A9'", "did you mean 'W4A"]),
         ({"preset": ["W4A8"]}, ["unknown preset"]),
         ({"method": "rtpq"}, ["unknown method 'rtpq'", "did you mean 'rptq'"]),
-        ({"method": "zzzz"}, ["unknown method 'zzzz'", "known: rptq, rptq+, rtn, gptq, smoothquant, peg, atom, quarot, group4"]),
+        (
+            {"method": "zzzz"},
+            ["unknown method 'zzzz'", "known: rptq, rptq+, rtn, gptq, smoothquant, peg, atom, quarot, group4"],
+        ),
         ({"wieghts": {}}, ["unknown key 'wieghts'", "did you mean 'weights'"]),
         ({"weights": {"bit": 4}}, ["recipe.weights: unknown key 'bit'", "did you mean 'bits'"]),
         ({"weights": 4}, ["recipe.weights: expected a mapping with keys bits", "got 4"]),

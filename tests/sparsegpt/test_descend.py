@@ -22,13 +22,13 @@ def error(W, W_hat, A):
     return float(((D @ A.double()) * D).sum())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits, fine", [(2, None), (3, None), (4, None), (8, None), (2, (True, False))])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_where_it_ends_no_single_code_can_be_bettered(bits, ordered):
+def test_where_it_ends_no_single_code_can_be_bettered(bits, fine, ordered):
     W, H = problem()
     F = factor(H, order=H.diagonal().argsort(descending=True) if ordered else None)
     sizes = torch.tensor([8, 12])
-    first = solve(W, F, sizes=sizes, bits=bits)
+    first = solve(W, F, sizes=sizes, bits=bits, fine=None if fine is None else torch.tensor(fine))
     found = descend(W, first, H, F, passes=50)
     A = damped(H, F)
     assert error(W, found.weight, A) < error(W, first.weight, A)
@@ -38,7 +38,7 @@ def test_where_it_ends_no_single_code_can_be_bettered(bits, ordered):
         for c in range(W.shape[1]):
             for step in (-1, 1):
                 code = int(found.codes[r, c]) + step
-                if 0 <= code < 2**bits:
+                if 0 <= code < (2 ** (2 * bits) if fine and c < 8 else 2**bits):
                     other = found.codes.clone()
                     other[r, c] = code
                     # float32 against float64 may take a tie the other way.

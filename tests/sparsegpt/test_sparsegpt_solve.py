@@ -26,21 +26,23 @@ def layer_loss(W: torch.Tensor, W_hat: torch.Tensor, H: torch.Tensor) -> float:
     return ((D @ H) * D).sum().item()
 
 
-def oracle(W, H, sizes, bits, order):
-    """GPTQ, Alg. 1, one column at a time; returns (codes, weights) in channel order."""
+def oracle(W, H, sizes, bits, order, fine=()):
+    """GPTQ, Alg. 1, one column at a time; groups in `fine` have twice the bits. Returns (codes, weights) in channel order."""
     R, C = W.shape
-    scales, zeros = [], []
-    for part in W.split(sizes, dim=1):
+    scales, zeros, tops = [], [], []
+    for g, part in enumerate(W.split(sizes, dim=1)):
+        top = 2 ** (bits * (1 + (g in fine))) - 1
         low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
-        scale = ((high - low) / (2**bits - 1)).half().double()
+        scale = ((high - low) / top).half().double()
         scales += [scale] * part.shape[1]
-        zeros += [torch.round(-low.double() / scale).clamp(0, 2**bits - 1)] * part.shape[1]
+        zeros += [torch.round(-low.double() / scale).clamp(0, top)] * part.shape[1]
+        tops += [top] * part.shape[1]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(H)[order][:, order]))
     U = torch.linalg.cholesky(inverse, upper=True)
     work = W.double()[:, order]
     codes, W_hat = torch.zeros(R, C, dtype=torch.uint8), torch.zeros(R, C, dtype=torch.float64)
     for i, channel in enumerate(order.tolist()):
-        q = torch.clamp(torch.round(work[:, i] / scales[channel]) + zeros[channel], 0, 2**bits - 1)
+        q = torch.clamp(torch.round(work[:, i] / scales[channel]) + zeros[channel], 0, tops[channel])
         codes[:, channel] = q.to(torch.uint8)
         W_hat[:, channel] = (q - zeros[channel]) * scales[channel]
         error = (work[:, i] - W_hat[:, channel]) / U[i, i]
@@ -79,6 +81,17 @@ def test_agrees_with_the_papers_algorithm(R, sizes, bits, update_block, order):
     expected_loss = layer_loss(W, expected_weight, damped(H))
     assert result.loss == pytest.approx(expected_loss, rel=1e-4)
     assert result.relative_error == pytest.approx(expected_loss / layer_loss(W, 0 * W, damped(H)), rel=1e-4)
+
+
+def test_agrees_with_the_papers_algorithm_where_groups_are_fine():
+    W, H = layer(48, sum(RAGGED))
+    order = orders(H, RAGGED)["across groups"]
+    expected_codes, expected_weight = oracle(W, H, RAGGED, 3, order, fine=(0, 3))
+    fine = torch.tensor([True, False, False, True])
+    result = solve(W, factor(H, order=order), sizes=torch.tensor(RAGGED), bits=3, fine=fine)
+    assert (result.codes == expected_codes).double().mean() >= 0.999  # near ties, as above
+    assert result.loss == pytest.approx(layer_loss(W, expected_weight, damped(H)), rel=1e-4)
+    assert torch.equal(result.weight, dequantize(result.codes, result.grid))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -29,6 +29,8 @@ struct Clusters {
     const float *scale, *zero;  // null: each token's own
     const std::uint8_t *bits;
     const std::int64_t *sizes;
+    const std::int64_t *repeats;  // [again]: tiles that follow the others once more
+    long again;
     bool brief;  // steps of a token's own grid are bfloat16
 };
 
@@ -83,6 +85,13 @@ void quantize_token(const PlanarPath &path, const Clusters &clusters, long tiles
         }
         x += size;
     }
+    for (long e = 0; e < clusters.again; ++e, ++tile) {
+        const long source = clusters.repeats[e];
+        std::memcpy(a + tile * PLANAR_TILE, a + source * PLANAR_TILE, PLANAR_TILE);
+        count[tile] = count[source];
+        if (step) step[tile] = step[source];
+        if (shift) shift[tile] = shift[source];
+    }
     for (; tile < tiles; ++tile) {
         std::memset(a + tile * PLANAR_TILE, 0, PLANAR_TILE);
         count[tile] = 0;
@@ -101,12 +110,18 @@ void share_grids(const Clusters &clusters, long tiles, float *step, float *shift
             shift[tile] = grid.scale * (grid.offset - grid.zero);
         }
     }
+    for (long e = 0; e < clusters.again; ++e, ++tile) {
+        step[tile] = step[clusters.repeats[e]];
+        shift[tile] = shift[clusters.repeats[e]];
+    }
     for (; tile < tiles; ++tile) step[tile] = 1, shift[tile] = 0;
 }
 
-// Whether clusters cover C channels, boundaries between tiles, at bits the kernels take.
+// Whether clusters cover C channels, boundaries between tiles, at bits the kernels take, and repeats are among their tiles.
 bool fits(const Clusters &clusters, long C) {
     long end = 0;
+    for (long e = 0; e < clusters.again; ++e)
+        if (clusters.repeats[e] < 0 || clusters.repeats[e] * PLANAR_TILE >= C) return false;
     for (long c = 0; c < clusters.count; ++c) {
         const std::int64_t size = clusters.sizes[c];
         if (size < 0 || size > C - end || clusters.bits[c] < 2 || clusters.bits[c] > 8) return false;
@@ -180,12 +195,13 @@ void spread_nan(const PlanarActivations &x, long R, float *y) {
 // Codes a [T, 64 tiles], count [T, tiles], step and shift [T, tiles]; with scale and zero, of static grids, step and shift [tiles].
 // Without them shift may be null.
 // Returns 0; 2 where this machine lacks the path; 3 for clusters that do not fit.
-EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long tiles, long clusters, long brief_steps, const float *x,
-                                  const float *scale, const float *zero, const std::uint8_t *bits, const std::int64_t *sizes,
-                                  std::int8_t *a, float *step, float *shift, float *count) {
+EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long tiles, long clusters, long again, long brief_steps,
+                                  const float *x, const float *scale, const float *zero, const std::uint8_t *bits,
+                                  const std::int64_t *sizes, const std::int64_t *repeats, std::int8_t *a, float *step,
+                                  float *shift, float *count) {
     const PlanarPath *chosen = select_path(path);
     if (!chosen) return 2;
-    const Clusters all = {clusters, scale, zero, bits, sizes, brief_steps != 0};
+    const Clusters all = {clusters, scale, zero, bits, sizes, repeats, again, brief_steps != 0};
     if (!fits(all, C)) return 3;
     if (scale) {
         share_grids(all, tiles, step, shift);

@@ -9,32 +9,42 @@ import torch
 from torch import Tensor
 
 from lowbit.cpu import native
-from lowbit.planar import TILE, PlanarWeight, padded_channels
+from lowbit.planar import TILE, PlanarWeight, all_tiles
 from lowbit.planar_reference import Quantized, check_clusters
 
 CLUSTERS_DO_NOT_FIT = 3
 FLOAT = torch.float32
 
 
-def quantize_tiles(x: Tensor, bits: Tensor, sizes: Tensor, *, path: str = "fastest") -> Quantized:
+def quantize_tiles(
+    x: Tensor, bits: Tensor, sizes: Tensor, *, repeats: Tensor | None = None, path: str = "fastest"
+) -> Quantized:
     """`lowbit.planar_reference.quantize_tiles_planar` of a float32 CPU tensor, on torch.get_num_threads() threads.
 
-    sizes: int64. path: as for the sweep. Raises ValueError for tensors that do not fit, or a path that this machine lacks.
+    sizes: int64. repeats: the weight's, for `repeat_tiles` of the result. path: as for the sweep. Raises ValueError for tensors that do
+    not fit, or a path that this machine lacks.
     """
-    return _quantize(x, None, None, bits, sizes, brief=True, path=path)
+    return _quantize(x, None, None, bits, sizes, repeats, brief=True, path=path)
 
 
-def quantize_token(x: Tensor, bits: int, *, path: str = "fastest") -> Quantized:
+def quantize_token(x: Tensor, bits: int, *, repeats: Tensor | None = None, path: str = "fastest") -> Quantized:
     """`lowbit.planar_reference.quantize_token_planar`; arguments and errors as `quantize_tiles`."""
     one = torch.tensor([bits], dtype=torch.uint8), torch.tensor([_matrix(x)[1]])
-    return _quantize(x, None, None, *one, brief=False, path=path)
+    return _quantize(x, None, None, *one, repeats, brief=False, path=path)
 
 
 def quantize_static(
-    x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor, sizes: Tensor, *, path: str = "fastest"
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: Tensor,
+    sizes: Tensor,
+    *,
+    repeats: Tensor | None = None,
+    path: str = "fastest",
 ) -> Quantized:
     """`lowbit.planar_reference.quantize_static_planar`; arguments and errors as `quantize_tiles`."""
-    return _quantize(x, scale, zero, bits, sizes, brief=False, path=path)
+    return _quantize(x, scale, zero, bits, sizes, repeats, brief=False, path=path)
 
 
 def planar_linear(
@@ -74,24 +84,27 @@ def planar_linear(
     return y
 
 
-def _quantize(x, scale, zero, bits, sizes, *, brief: bool, path: str) -> Quantized:
+def _quantize(x, scale, zero, bits, sizes, repeats, *, brief: bool, path: str) -> Quantized:
     T, C = _matrix(x)
-    n = sizes.numel()
+    n, E = sizes.numel(), 0 if repeats is None else repeats.numel()
     _check("bits", bits, torch.uint8, (n,))
     _check("sizes", sizes, torch.int64, (n,))
     if scale is not None:
         _check("scale", scale, FLOAT, (n,))
         _check("zero", zero, FLOAT, (n,))
-    own, G = scale is None, padded_channels(C) // TILE
+    if E:
+        _check("repeats", repeats, torch.int64, (E,))
+    own, G = scale is None, all_tiles(C, repeats)
     a, count = torch.empty(T, G * TILE, dtype=torch.int8), torch.empty(T, G)
     step = torch.empty(T if own else 1, G)
     shift = None if own and 8 not in bits.tolist() else torch.empty_like(step)
-    tensors = x, scale, zero, bits, sizes, a, step, shift, count
-    status = _call("lowbit_planar_quantize", path, (T, C, G, n, brief), tensors)
+    tensors = x, scale, zero, bits, sizes, repeats, a, step, shift, count
+    status = _call("lowbit_planar_quantize", path, (T, C, G, n, E, brief), tensors)
     native.check(status, "", path)
     if status == CLUSTERS_DO_NOT_FIT:
         check_clusters(x, bits, sizes)
-        raise ValueError(f"clusters of {sizes.tolist()} channels do not fit {C}")
+        again = [] if repeats is None else repeats.tolist()
+        raise ValueError(f"clusters of {sizes.tolist()} channels, tiles {again} once more, do not fit {C} channels")
     return a, step, shift, count
 
 
