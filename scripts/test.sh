@@ -3,4 +3,4 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 ruff check .
-python -m pytest "$@"
+python -m pytest --numprocesses auto --dist loadfile "$@"

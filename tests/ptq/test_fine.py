@@ -70,8 +70,12 @@ def test_the_costliest_for_their_bits_share_the_budget(block, samples):
     groups = []
     for site in SITES:
         rows = sum(block[path].out_features for path in site.linears)
-        costs = grid_costs(block, site, samples[site.name], torch.tensor(SIZES[site.name]), 4) * added[branch[site.name]]
-        groups += [(float(c) / (n * rows), site.name, g, n * rows) for g, (c, n) in enumerate(zip(costs, SIZES[site.name]))]
+        costs = (
+            grid_costs(block, site, samples[site.name], torch.tensor(SIZES[site.name]), 4) * added[branch[site.name]]
+        )
+        groups += [
+            (float(c) / (n * rows), site.name, g, n * rows) for g, (c, n) in enumerate(zip(costs, SIZES[site.name]))
+        ]
     groups.sort(reverse=True)
     expected = {name: [False] * len(of_site) for name, of_site in SIZES.items()}
     for _, name, g, _ in groups[:3]:
