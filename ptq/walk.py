@@ -110,8 +110,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
         tokens = int(distributed.total(torch.tensor(sum(x.shape[0] * x.shape[1] for x in states))))
         facts = []
         for site in block_sites(spec, block):
-            H_site, fine_site = H.pop(site.name, None), fine.get(site.name)
-            facts += _compress_site(run, i, block, site, H_site, orders, prefix, tokens, fine=fine_site)
+            facts += _compress_site(run, i, block, site, H.pop(site.name, None), orders, prefix, tokens, fine=fine)
         out = [forward() for forward in forwards.each]
     out = [x.cpu() for x in out]
     bad = sum(map(not_finite, out))
@@ -152,7 +151,7 @@ def _fold(run: Run, forwards: Forwards, found: Statistics, prefix: str) -> tuple
 
 
 def _fine_groups(run: Run, block: nn.Module, found: Statistics, orders: reorder.Orders) -> dict[str, torch.Tensor]:
-    """By site, which weight groups have more bits; `found` is of the block as it is now."""
+    """By linear, which weight groups have more bits; `found` is of the block as it is now."""
     sites, w = input_sites(run.spec), run.recipe.weights
     channels = {site.name: block.get_submodule(site.linears[0]).in_features for site in sites}
     sizes = {site.name: weights.group_sizes(channels[site.name], site, run.recipe, orders) for site in sites}
@@ -210,8 +209,7 @@ def _solve_in_order(
             drift = sum_of(Drift, block, site, drifts).take()
             del drifts[site.name]
         if site.linears:
-            fine_site = fine.get(site.name)
-            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens, drift, fine_site))
+            facts.extend(_compress_site(run, i, block, site, H, orders, prefix, tokens, drift, fine))
 
     outputs = run_all(runs, block_sites(run.spec, block), measure=measure, finish=finish)
     return facts, [x for out in outputs for x in out]

@@ -64,7 +64,7 @@ def compress_site(
     pattern: sparsegpt.Pattern | None = None,
     tokens: int | None = None,
     drift: torch.Tensor | None = None,
-    fine: torch.Tensor | None = None,
+    fine: dict[str, torch.Tensor] | None = None,
 ) -> list[LayerFact]:
     """Compress the linears of one site in place.
 
@@ -73,7 +73,7 @@ def compress_site(
         pattern: what to prune, None for nothing.
         tokens: how many tokens H is made of.
         drift: float32 [C, C], sum (x - xhat) xhat^T, where targets are asymmetric.
-        fine: bool [G], weight groups with more bits, where some have.
+        fine: by linear bool [G], weight groups with more bits, where some have.
 
     Raises:
         NumericalFailure: H could not be factored, with the module and the damping tried; with on_failure "skip" the
@@ -92,7 +92,8 @@ def compress_site(
     else:
         try:
             sizes = group_sizes(linears[0].in_features, site, recipe, orders)
-            outcome = _solve(linears, H, sizes, recipe, pattern, drift, fine)
+            flags = [fine[path] for path in site.linears] if fine else None
+            outcome = _solve(linears, H, sizes, recipe, pattern, drift, flags)
         except sparsegpt.SolveError as err:
             if recipe.on_failure != "skip":
                 raise NumericalFailure(f"{name}: {err}") from err
@@ -152,7 +153,7 @@ def _solve(
     recipe: Recipe,
     pattern: sparsegpt.Pattern | None,
     drift: torch.Tensor | None,
-    fine: torch.Tensor | None,
+    fine: list[torch.Tensor] | None,
 ) -> Outcome:
     """Compress `linears`, stacked along their rows, of which each process solves its share."""
     bits, sizes = recipe.weights.bits, sizes.to(linears[0].weight.device)
@@ -163,6 +164,10 @@ def _solve(
     else:
         shares = [linear.weight[distributed.share(linear.out_features)] for linear in linears]
         W = torch.cat(shares)  # L x [R, C] -> [sum R, C]
+        if fine is not None:
+            grid["fine"] = torch.cat(
+                [flags.expand(len(rows), -1) for flags, rows in zip(fine, shares)]
+            )  # L x [G] -> [sum R, G]
         lowest = lowbit.lowest if distributed.size() == 1 else distributed.lowest
         kernels = {"sweep": lowbit.sweep, "lowest": lowest, "total": distributed.total, "clip": recipe.weights.clip}
         # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
@@ -172,11 +177,11 @@ def _solve(
         if drift is not None:
             W = sparsegpt.asymmetric_target(W, drift, factor, strength=recipe.weights.asymmetric)
         if pattern is None:
-            solution = sparsegpt.solve(W, factor, **grid, fine=fine, **kernels)
+            solution = sparsegpt.solve(W, factor, **grid, **kernels)
         else:
             p = recipe.pruning
             how = {"method": p.method, "refine_steps": p.refine, "parts": [len(part) for part in shares]}
-            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, fine=fine, **kernels)
+            solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, **kernels)
         if grid and recipe.weights.descend:
             how = {"passes": recipe.weights.descend, "total": distributed.total}
             solution = sparsegpt.descend(W, solution, H, factor, **how)
@@ -200,7 +205,7 @@ def _of_all(solution: sparsegpt.Solution, linears: list[Linear]) -> sparsegpt.So
 
     grid = solution.grid
     if grid is not None:
-        grid = replace(grid, scale=whole(grid.scale), zero=whole(grid.zero))
+        grid = replace(grid, scale=whole(grid.scale), zero=whole(grid.zero), fine=whole(grid.fine))
     return replace(
         solution, weight=whole(solution.weight), mask=whole(solution.mask), codes=whole(solution.codes), grid=grid
     )
@@ -221,7 +226,8 @@ def store(
     for i, (linear, weight, kept) in enumerate(zip(linears, solution.weight.split(rows), masks)):
         if solution.codes is not None:
             codes, scale, zero = (t.split(rows)[i] for t in (solution.codes, solution.grid.scale, solution.grid.zero))
-            how = {"fine": solution.grid.fine, "kept": kept, "keep": keep}
+            fine = None if solution.grid.fine is None else solution.grid.fine.split(rows)[i][0]  # one for all rows
+            how = {"fine": fine, "kept": kept, "keep": keep}
             linear.pack_(codes, scale.contiguous(), zero, sizes, solution.grid.bits, **how)
         else:
             linear.weight = weight.to(linear.weight.dtype)

@@ -29,8 +29,7 @@ def descend(W: Tensor, found: Solution, H: Tensor, factor: Factor, *, passes: in
     A = H.float()[order[:, None], order]  # [C, C], by turn
     A.diagonal().add_(factor.damp * A.diagonal().mean())
     g = group_index(grid.sizes, order.numel()).to(W.device)[order]
-    s, z = (t[:, g].t().contiguous() for t in (grid.step, grid.zero))  # [R, G] -> [C, R]
-    top = grid.top[g].tolist()
+    s, z, top = (t[:, g].t().contiguous() for t in (grid.step, grid.zero, grid.top))  # [R, G] -> [C, R]
     w_hat = (found.codes.t()[order].float() - z) * s  # [R, C] -> [C, R]
     kept = None if found.mask is None else found.mask.t()[order]  # [R, C] -> [C, R]
     G = A @ (by_step(W, factor) - w_hat)  # [C, R], the transpose of D H
@@ -50,13 +49,16 @@ def descend(W: Tensor, found: Solution, H: Tensor, factor: Factor, *, passes: in
     return replace(found, codes=codes, weight=weight, loss=loss, relative_error=found.relative_error * share)
 
 
-def _visit(w_hat, G, A, s, z, kept, free, block: slice, top: list[float]) -> None:
+def _visit(w_hat, G, A, s, z, kept, free, block: slice, top) -> None:
     """One turn of each column of the block; w_hat [C, R] and the block's rows of G change in place."""
     inside = G[block]  # [b, R], a view
+    none = torch.zeros_like(top[0])
     for i, j in enumerate(range(block.start, block.stop)):
         if not free[j]:
             continue
-        best = torch.round((w_hat[j] + inside[i] / A[j, j]) / s[j]).add_(z[j]).clamp_(0, top[j]).sub_(z[j]).mul_(s[j])
+        best = (
+            torch.round((w_hat[j] + inside[i] / A[j, j]) / s[j]).add_(z[j]).clamp_(none, top[j]).sub_(z[j]).mul_(s[j])
+        )
         if kept is not None:
             best = torch.where(kept[j], best, w_hat[j])
         inside.addr_(A[block, j], best - w_hat[j], alpha=-1)

@@ -22,7 +22,7 @@ class WeightGrid:
 
     scale: [R, G], positive, in the dtype that will be stored (the arithmetic uses exactly these values, as float32).
     zero: float32 [R, G], integers in [0, top]. sizes: int64 [G], columns of each group, in order. bits: 2..8.
-    fine: bool [G], groups of twice the bits; None for none.
+    fine: bool [R, G], groups of twice the bits; None for none.
     """
 
     scale: Tensor
@@ -34,17 +34,17 @@ class WeightGrid:
     @property
     def step(self) -> Tensor:
         """float32 [R, G]: what one code is worth."""
-        return self.scale.float() / refinement(self.sizes, self.bits, self.fine)
+        return self.scale.float() / refinement(self.zero, self.bits, self.fine)
 
     @property
     def top(self) -> Tensor:
-        """float32 [G]: the largest code, 2^b - 1 of the group's b bits."""
-        return 2**self.bits * refinement(self.sizes, self.bits, self.fine) - 1
+        """float32 [R, G]: the largest code, 2^b - 1 of the group's b bits."""
+        return 2**self.bits * refinement(self.zero, self.bits, self.fine) - 1
 
 
-def refinement(sizes: Tensor, bits: int, fine: Tensor | None) -> Tensor:
-    """float32 [G]: into how many steps the scale of each group is cut."""
-    ones = torch.ones_like(sizes, dtype=torch.float32)
+def refinement(like: Tensor, bits: int, fine: Tensor | None) -> Tensor:
+    """float32 [R, G], as `like`: into how many steps the scale of each group is cut."""
+    ones = torch.ones_like(like)
     return ones if fine is None else torch.where(fine, 2.0**bits, ones)
 
 
@@ -71,7 +71,7 @@ def fit_grid(
     least sum_c importance_c (w_c - w_hat_c)^2, importance_c being the energy of channel c, diag H. Scales are raised to at least 2^-20
     and rounded to scale_dtype; when the largest is outside that dtype's normal range (float16: 2^-14 to 65504) all stay float32. A
     group of zeros has scale 1 and zero 0.
-    fine: bool [G], groups of twice the bits. total: as for `solve`.
+    fine: bool [R, G], groups of twice the bits. total: as for `solve`.
     Raises ValueError for W that is not a finite matrix, bits outside 2..8, fine groups of more than 8 bits, or bad sizes.
     """
     if W.ndim != 2 or not W.is_floating_point():
@@ -80,19 +80,20 @@ def fit_grid(
         raise ValueError(f"bits must be 2..8, got {bits}")
     sizes = sizes.to(W.device)
     group_index(sizes, W.shape[1])
-    if fine is not None and (bits > 4 or fine.shape != sizes.shape):
+    shape = W.shape[0], sizes.numel()
+    if fine is not None and (bits > 4 or fine.shape != shape):
         raise ValueError(
-            f"fine {list(fine.shape)} for {sizes.numel()} groups of {bits} bits: one flag a group, at most 4 bits"
+            f"fine {list(fine.shape)} of {bits} bits: one flag a row and group, {list(shape)}, at most 4 bits"
         )
     fine = None if fine is None else fine.to(W.device)
-    cuts = refinement(sizes, bits, fine)  # [G]
-    levels = 2**bits * cuts - 1  # [G]
     parts = W.split(sizes.tolist(), dim=1)
     low = torch.stack([part.amin(1) for part in parts], 1).float().clamp_(max=0)  # [R, G]
     high = torch.stack([part.amax(1) for part in parts], 1).float().clamp_(min=0)  # [R, G]
     # NaN, Inf and float64 values beyond float32 all show in the extremes.
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise ValueError(f"W {list(W.shape)} holds NaN, Inf or values beyond float32: look at the checkpoint")
+    cuts = refinement(low, bits, fine)  # [R, G]
+    levels = 2**bits * cuts - 1  # [R, G]
     if importance is not None:
         low, high = _narrowed(parts, low, high, importance.float().split(sizes.tolist()), levels)
     # Dividing before subtracting keeps the range of two huge weights of opposite sign finite.
@@ -116,15 +117,16 @@ def _narrowed(
 ) -> tuple[Tensor, Tensor]:
     """low, high [R, G] of the groups `parts`, G x [R, n], each times its best share."""
     ends = []
-    groups = zip(parts, low.split(1, 1), high.split(1, 1), importance, levels.tolist(), strict=True)
+    groups = zip(parts, low.split(1, 1), high.split(1, 1), importance, levels.split(1, 1), strict=True)
     for part, m, M, weight, top in groups:
         w, share = part.float(), torch.ones_like(m)
         least = torch.full_like(m, torch.inf)
         for candidate in SHARES:
-            s = ((M - m) * (candidate / top)).clamp_(min=torch.finfo(torch.float32).tiny)  # [R, 1]
+            s = ((M - m) * (candidate / top.double()).float()).clamp_(min=torch.finfo(torch.float32).tiny)  # [R, 1]
             z = torch.round(-m * candidate / s)
             error = (
-                torch.round(w / s).add_(z).clamp_(0, top).sub_(z).mul_(s).sub_(w).square_() @ weight[:, None]
+                torch.round(w / s).add_(z).clamp_(min=0).minimum(top).sub_(z).mul_(s).sub_(w).square_()
+                @ weight[:, None]
             )  # [R, 1]
             better = error < least
             share, least = torch.where(better, candidate, share), torch.where(better, error, least)
@@ -135,8 +137,8 @@ def _narrowed(
 def encode(W: Tensor, grid: WeightGrid) -> Tensor:
     """Nearest codes of a whole matrix, ties to even: W float [R, C] -> uint8 [R, C]."""
     parts = W.split(grid.sizes.tolist(), dim=1)
-    columns = zip(parts, grid.step.split(1, 1), grid.zero.split(1, 1), grid.top.tolist(), strict=True)
-    codes = (torch.round(w.float() / step).add_(zero).clamp_(0, top) for w, step, zero, top in columns)
+    columns = zip(parts, grid.step.split(1, 1), grid.zero.split(1, 1), grid.top.split(1, 1), strict=True)
+    codes = (torch.round(w.float() / step).add_(zero).clamp_(min=0).minimum(top) for w, step, zero, top in columns)
     return torch.cat([q.to(torch.uint8) for q in codes], 1)
 
 

@@ -42,7 +42,7 @@ def solve(
 
     pattern: choose the mask on the way (SparseGPT). mask: bool [R, C], a mask from elsewhere, False is pruned. Neither: GPTQ.
     bits 2..8 and sizes, int64 [G] contiguous column groups: one grid per row and group, all fitted to W before the sweep. fine: bool
-    [G], groups of twice the bits. clip: let a grid leave out the ends of its range where that lowers the error weighted
+    [R, G], groups of twice the bits. clip: let a grid leave out the ends of its range where that lowers the error weighted
     by diag H.
     parts: rows of the weights stacked in W, each with a pruning budget of its own (by default one weight).
     sweep, lowest: kernels to use in place of `sparsegpt.sweep` and `sparsegpt.lowest`.
@@ -108,7 +108,7 @@ def _solve_block(
         group = group_index(grid.sizes, factor.order.numel())[channels]
         scale = grid.step.t()[group]  # [block, R]
         zero = grid.zero.t()[group]  # [block, R]
-        options |= {"scale": scale, "low": -zero, "high": grid.top[group, None] - zero}
+        options |= {"scale": scale, "low": -zero, "high": grid.top.t()[group] - zero}
     final, chosen, errors = sweep(W1, steps, **options)
     if keep is not None:
         kept[block] = chosen

@@ -118,7 +118,6 @@ def rounded(w: Tensor, grid, channel: int) -> tuple[Tensor, Tensor | float]:
     if grid is None:
         return w, 0
     group = torch.repeat_interleave(torch.arange(len(grid.sizes)), grid.sizes)[channel]
-    more = grid.bits if grid.fine is not None and grid.fine[group] else 0
-    step, zero = grid.scale[:, group].double() / 2**more, grid.zero[:, group].double()
-    q = torch.clamp(torch.round(w / step) + zero, 0, 2 ** (grid.bits + more) - 1)
-    return (q - zero) * step, q.long()
+    scale, zero = grid.scale[:, group].double(), grid.zero[:, group].double()
+    q = torch.clamp(torch.round(w / scale) + zero, 0, 2**grid.bits - 1)
+    return (q - zero) * scale, q.long()

@@ -28,7 +28,7 @@ def test_where_it_ends_no_single_code_can_be_bettered(bits, fine, ordered):
     W, H = problem()
     F = factor(H, order=H.diagonal().argsort(descending=True) if ordered else None)
     sizes = torch.tensor([8, 12])
-    first = solve(W, F, sizes=sizes, bits=bits, fine=None if fine is None else torch.tensor(fine))
+    first = solve(W, F, sizes=sizes, bits=bits, fine=None if fine is None else torch.tensor([fine] * 6))
     found = descend(W, first, H, F, passes=50)
     A = damped(H, F)
     assert error(W, found.weight, A) < error(W, first.weight, A)

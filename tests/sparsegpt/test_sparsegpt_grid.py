@@ -50,10 +50,10 @@ def test_ties_go_to_even():
 
 def test_a_fine_group_by_hand():
     W = torch.tensor([[-1.0, 0.0, 2.0, 7.0, -8.0, 0.6], [0.0, 2.0, 3.0, 0.0, 3.75, 0.0]])
-    grid = fit_grid(W, torch.tensor([3, 3]), 2, fine=torch.tensor([False, True]))
+    grid = fit_grid(W, torch.tensor([3, 3]), 2, fine=torch.tensor([[False, True]]).expand(2, 2))
     # 15 steps instead of 3: row 0 from -8 to 7, row 1 from 0 to 3.75. The scale is four of them.
     assert torch.equal(grid.scale, torch.tensor([[1, 4], [1, 1]]).half())
-    assert grid.zero.tolist() == [[1, 8], [0, 0]] and grid.top.tolist() == [3, 15]
+    assert grid.zero.tolist() == [[1, 8], [0, 0]] and grid.top.tolist() == [[3, 15]] * 2
     assert grid.step.tolist() == [[1, 1], [1, 0.25]]
     assert encode(W, grid).tolist() == [[0, 1, 3, 15, 0, 9], [0, 2, 3, 0, 15, 0]]
     assert dequantize(encode(W, grid), grid)[:, 3:].tolist() == [[7, -8, 1], [0, 3.75, 0]]
@@ -63,16 +63,20 @@ def test_a_fine_group_by_hand():
 def test_fine_groups_have_the_grid_of_twice_the_bits(bits):
     W, sizes = weight(5, 24), torch.tensor([8, 16])
     some = {"scale_dtype": torch.float32, "importance": torch.linspace(0.1, 5, 24)}
-    grid = fit_grid(W, sizes, bits, fine=torch.tensor([False, True]), **some)
+    fine = torch.tensor([[False, True]]).repeat(5, 1)
+    fine[3] = torch.tensor([True, False])
+    grid = fit_grid(W, sizes, bits, fine=fine, **some)
     plain, more = fit_grid(W, sizes, bits, **some), fit_grid(W, sizes, 2 * bits, **some)
-    expected = torch.cat([encode(W, plain)[:, :8], encode(W, more)[:, 8:]], 1)
+    refined = fine.repeat_interleave(sizes, 1)  # [R, G] -> [R, C]
+    expected = torch.where(refined, encode(W, more), encode(W, plain))
     assert torch.equal(encode(W, grid), expected)
-    assert torch.equal(dequantize(expected, grid)[:, 8:], dequantize(expected, more)[:, 8:])
+    values = torch.where(refined, dequantize(expected, more), dequantize(expected, plain))
+    assert torch.equal(dequantize(expected, grid), values)
 
 
-@pytest.mark.parametrize("bits, fine", [(8, [True, False]), (4, [True])])
+@pytest.mark.parametrize("bits, fine", [(8, [[True, False]] * 2), (4, [True, False])])
 def test_fine_groups_that_cannot_be(bits, fine):
-    with pytest.raises(ValueError, match="one flag a group, at most 4 bits"):
+    with pytest.raises(ValueError, match="one flag a row and group, .*, at most 4 bits"):
         fit_grid(weight(2, 4), torch.tensor([2, 2]), bits, fine=torch.tensor(fine))
 
 

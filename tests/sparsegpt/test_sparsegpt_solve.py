@@ -87,7 +87,7 @@ def test_agrees_with_the_papers_algorithm_where_groups_are_fine():
     W, H = layer(48, sum(RAGGED))
     order = orders(H, RAGGED)["across groups"]
     expected_codes, expected_weight = oracle(W, H, RAGGED, 3, order, fine=(0, 3))
-    fine = torch.tensor([True, False, False, True])
+    fine = torch.tensor([True, False, False, True]).expand(48, 4)
     result = solve(W, factor(H, order=order), sizes=torch.tensor(RAGGED), bits=3, fine=fine)
     assert (result.codes == expected_codes).double().mean() >= 0.999  # near ties, as above
     assert result.loss == pytest.approx(layer_loss(W, expected_weight, damped(H)), rel=1e-4)
