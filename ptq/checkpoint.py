@@ -92,11 +92,14 @@ class Writer:
         modules = block.named_modules(prefix=f"{self.spec.blocks}.{i}")
         return {name: m.spec() for name, m in modules if isinstance(m, (Linear, Norm)) and not self.dense}
 
-    def write_rest(self) -> None:
-        """Embeddings, final norm and head, as they are in the source."""
+    def write_rest(self, head: dict[str, Linear]) -> None:
+        """Embeddings, final norm and head, as they are in the source, but for the packed linears of `head` by name."""
         rest = {n: source for n, source in self.names.items() if not n.startswith(f"{self.spec.blocks}.")}
+        rest = {n: source for n, source in rest.items() if n.rpartition(".")[0] not in head}
         read = self.checkpoint.read(rest.values())
         tensors = read if self.dense else {name: read[source] for name, source in rest.items()}
+        for name, linear in head.items():
+            tensors |= {f"{name}.{local}": tensor for local, tensor in linear.state_dict().items()}
         write_tensors(self.shard(self.blocks), tensors)
 
     def finish(self, report: dict[str, Any], card: str, specs: dict[str, Any]) -> None:
@@ -152,6 +155,8 @@ class Writer:
             "kv_bits": self.recipe.activations.kv_bits,
             "modules": specs,
         }
+        if self.recipe.weights.head < 16:
+            config["tie_word_embeddings"] = False
         write_json(self.folder / "config.json", config)
 
 

@@ -96,7 +96,10 @@ class PtqQuantizer(HfQuantizer):
 
 
 def run_on_integers(model: nn.Module, spec: Spec) -> None:
-    """Let every input site run on integer kernels whose linears all can."""
+    """Let every input site run on integer kernels whose linears all can, and a packed output head."""
+    head = model.get_output_embeddings()
+    if isinstance(head, lowbit.Linear):
+        integer.take([head])
     for block in model.get_submodule(spec.blocks):
         for site in block_sites(spec, block):
             linears, norm = [block.get_submodule(path) for path in site.linears], norm_of(block, site)

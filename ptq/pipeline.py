@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowbit.modules import Linear
 from torch import nn
 
 from ptq import distributed, experts, weights
@@ -18,6 +19,7 @@ from ptq.calibration import Calibration, calibration_windows
 from ptq.card import model_card
 from ptq.checkpoint import Writer, load_tokenizer
 from ptq.errors import BadInput
+from ptq.head import compress_head, head_name
 from ptq.identity import identity_of
 from ptq.ledger import Ledger, refuse_existing
 from ptq.progress import Progress, module_line
@@ -48,6 +50,8 @@ def compress(
     model = skeleton(checkpoint, trust_remote_code=recipe.trust_remote_code)
     spec = spec_for(checkpoint.config, model)
     experts.check_recipe(spec, recipe)
+    if recipe.weights.head < 16:
+        head_name(model)  # refused before anything is computed
     model.set_attn_implementation(attention_for(recipe, spec, model))
     names = tensor_names(model, spec, checkpoint)
     calibration = calibrate(recipe, checkpoint, offline=offline)
@@ -84,7 +88,8 @@ def compress(
             )
     if distributed.rank() > 0:
         return {}
-    writer.write_rest()
+    rows, head = _compress_head(recipe, model, names, checkpoint)
+    writer.write_rest(head)
     report = build_report(
         recipe=recipe,
         checkpoint=checkpoint,
@@ -92,13 +97,25 @@ def compress(
         spec=spec,
         calibration=calibration,
         records=ledger.records,
+        head=rows,
         compressed_bytes=writer.weight_bytes(),
         seconds=time.monotonic() - started,
     )
     specs = {name: spec for record in ledger.records for name, spec in record["specs"].items()}
+    specs |= {name: linear.spec() for name, linear in head.items()}
     writer.finish(report, model_card(report), specs)
     ledger.finish(out)
     return report
+
+
+def _compress_head(
+    recipe: Recipe, model: nn.Module, names: dict[str, str], checkpoint: Checkpoint
+) -> tuple[list[dict[str, Any]], dict[str, Linear]]:
+    """(rows of the report, the head by name), both empty where it stays as it is."""
+    if recipe.weights.head == 16:
+        return [], {}
+    linear, fact = compress_head(model, names, checkpoint, recipe.weights.head)
+    return weights.as_rows([fact]), {fact.name: linear}
 
 
 def attention_for(recipe: Recipe, spec: Spec, model: nn.Module) -> str:

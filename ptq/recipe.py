@@ -17,6 +17,7 @@ from typing import Any
 from ptq.errors import BadInput
 
 WEIGHT_BITS = (2, 3, 4, 8, 16)
+HEAD_BITS = (4, 8, 16)
 ACTIVATION_BITS = (2, 3, 4, 5, 6, 8, 16)
 KV_BITS = (2, 3, 4, 8, 16)
 WEIGHT_SOLVERS = ("gptq", "rtn", "group4")
@@ -36,7 +37,7 @@ class Weights:
     `asymmetric`: how far the solver aims, from 0 to 1, at what full precision makes of its own inputs, and not of the compressed
     model's: see `sparsegpt.asymmetric_target`. Needs true_sequential, and a second forward in full precision; leaves experts out.
     `fine`: this share of a block's weights, in the groups whose rounding costs most for their bits (`ptq.fine`), has twice the bits, at
-    most 8; of weights at 8 and 16 bits none has.
+    most 8; of weights at 8 and 16 bits none has. `head`: bits of the output head, an untied copy in groups of 64 (`ptq.head`).
     """
 
     bits: int = 16
@@ -48,6 +49,7 @@ class Weights:
     descend: int = 0
     asymmetric: float = 0.0
     fine: float = 0.0
+    head: int = 16
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def prunes(recipe: Recipe) -> bool:
 
 def quantizes(recipe: Recipe) -> bool:
     """Whether any weight or activation has fewer than 16 bits."""
-    return recipe.weights.bits < 16 or quantizes_activations(recipe)
+    return min(recipe.weights.bits, recipe.weights.head) < 16 or quantizes_activations(recipe)
 
 
 def quantizes_activations(recipe: Recipe) -> bool:

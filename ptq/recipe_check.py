@@ -10,6 +10,7 @@ from ptq.recipe import (
     ACTIVATION_BITS,
     ACTIVATION_GRIDS,
     ALLOCATIONS,
+    HEAD_BITS,
     KV_BITS,
     STORAGES,
     WEIGHT_BITS,
@@ -44,6 +45,7 @@ def check(recipe: Recipe) -> Recipe:
     _one_of(recipe.method, METHODS | PRUNING_METHODS, "recipe.method")
     _one_of(recipe.on_failure, ("stop", "skip"), "on_failure")
     _one_of(w.bits, WEIGHT_BITS, "weights.bits")
+    _one_of(w.head, HEAD_BITS, "weights.head")
     _one_of(w.solver, WEIGHT_SOLVERS, "weights.solver")
     _one_of(a.grid, ACTIVATION_GRIDS, "activations.grid")
     _one_of(a.kv_bits, KV_BITS, "activations.kv_bits")

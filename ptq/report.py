@@ -30,17 +30,18 @@ def build_report(
     spec: Spec,
     calibration: Calibration,
     records: list[dict[str, Any]],
+    head: list[dict[str, Any]],
     compressed_bytes: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Assemble the report from what each block recorded."""
+    """Assemble the report from what each block recorded, and the row of the output head where it is packed."""
     import transformers
 
     import ptq
 
     modules = [row for record in records for row in record["modules"]]
     sites = [row for record in records for row in record["sites"]]
-    touched = [row for row in modules if row["bits"] < 16 or row["sparsity"] is not None]
+    touched = [row for row in modules + head if row["bits"] < 16 or row["sparsity"] is not None]
     compressed = sum(row["shape"][0] * row["shape"][1] for row in touched)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -68,11 +69,11 @@ def build_report(
             "seqlen": calibration.tokens.shape[1],
             "tokens": calibration.tokens.numel(),
         },
-        "modules": modules,
+        "modules": modules + head,
         "sites": sites,
-        "coverage": _coverage(model, compressed, modules),
+        "coverage": _coverage(model, compressed, modules + head),
         "bits": {
-            "weights_effective": _effective_bits(modules, records),
+            "weights_effective": _effective_bits(modules + head, records),
             "activations_effective": _activation_bits(sites),
             "sinks": recipe.activations.sinks,
             "kv_bits_effective": _kv_bits(recipe, checkpoint.config, spec),
@@ -92,8 +93,11 @@ def build_report(
 
 def _coverage(model: nn.Module, compressed: int, modules: list[dict[str, Any]]) -> dict[str, Any]:
     tied = model.all_tied_weights_keys  # one parameter, though the empty skeleton has it twice
-    total = sum(p.numel() for name, p in model.named_parameters() if name not in tied)
+    packed = {row["name"] for row in modules}
+    apart = [name for name in tied if name.rpartition(".")[0] not in packed]
+    total = sum(p.numel() for name, p in model.named_parameters() if name not in apart)
     outside = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) or m is model.get_output_embeddings()]
+    outside = [name for name in outside if name not in packed]
     skipped = [{"name": name, "reason": "outside the blocks: kept in full precision"} for name in outside]
     for row in modules:
         if row["failure"]:

@@ -103,7 +103,7 @@ def compress_site(
     seconds = (time.monotonic() - started) / len(linears)
     pruned = None if outcome.failure else pattern
     return [
-        _fact(f"{prefix}.{path}", linear, outcome, pruned, tokens, seconds)
+        fact_of(f"{prefix}.{path}", linear, outcome, seconds=seconds, pattern=pruned, tokens=tokens)
         for path, linear in zip(site.linears, linears)
     ]
 
@@ -237,7 +237,16 @@ def store(
             linear.skip_zeros_()
 
 
-def _fact(name: str, linear: Linear, outcome: Outcome, pattern, tokens: int | None, seconds: float) -> LayerFact:
+def fact_of(
+    name: str,
+    linear: Linear,
+    outcome: Outcome,
+    *,
+    seconds: float,
+    pattern: sparsegpt.Pattern | None = None,
+    tokens: int | None = None,
+) -> LayerFact:
+    """What the report says of a linear as it is now, and of how it came to be."""
     R, C = linear.out_features, linear.in_features
     sparse = getattr(linear, "sparse", None)
     return LayerFact(

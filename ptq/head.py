@@ -1,0 +1,55 @@
+"""The output head at few bits: an untied copy, rounded to nearest.
+
+In a small model the head is a large share of what decoding reads. Its input is not quantized.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lowbit.modules import Linear
+from torch import nn
+
+import sparsegpt
+from ptq.errors import UnsupportedModel
+from ptq.source import Checkpoint
+from ptq.weights import LayerFact, Outcome, fact_of
+
+GROUP = 64
+
+
+def head_name(model: nn.Module) -> str:
+    """The path of the linear that makes logits. Raises UnsupportedModel for a model whose head is something else."""
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None or not isinstance(head, (nn.Linear, Linear)):
+        raise UnsupportedModel(
+            f"weights.head: the output head is a {type(head).__name__}, not a linear; leave it at 16"
+        )
+    return name
+
+
+def compress_head(
+    model: nn.Module, names: dict[str, str], checkpoint: Checkpoint, bits: int
+) -> tuple[Linear, LayerFact]:
+    """The head packed in groups of GROUP columns, grids narrowed where that lowers the squared error, and what the report says of it.
+
+    names: from `tensor_names`; a tied head has no tensor of its own, then its embedding's is taken.
+    """
+    started = time.monotonic()
+    name, like = head_name(model), model.get_output_embeddings()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    source = names.get(f"{name}.weight") or names[tied[f"{name}.weight"]]
+    W = checkpoint.read([source])[source]  # [R, C]
+    linear = Linear(W.shape[1], W.shape[0], bias=like.bias is not None, dtype=W.dtype)
+    if like.bias is not None:
+        linear.bias = checkpoint.read([names[f"{name}.bias"]])[names[f"{name}.bias"]]
+    linear.weight, W = W, W.float()
+    sizes = torch.tensor([len(part) for part in torch.arange(W.shape[1]).split(GROUP)])
+    grid = sparsegpt.fit_grid(W, sizes, bits, importance=torch.ones(W.shape[1]))
+    codes = sparsegpt.encode(W, grid)
+    lost = sparsegpt.dequantize(codes, grid).sub_(W).square_().sum(dtype=torch.float64)
+    error = float(lost / W.square_().sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny))
+    linear.pack_(codes, grid.scale, grid.zero, sizes, bits)
+    return linear, fact_of(name, linear, Outcome(relative_error=error), seconds=time.monotonic() - started)
