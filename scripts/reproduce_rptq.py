@@ -27,7 +27,8 @@ from _published_rptq import (
     OPT,
     RPTQ,
 )
-from _reproduce import Printed, Row, Table, main, parsed, parser_of
+from _reproduce import main, parsed, parser_of
+from _rows import Printed, Row, Table
 
 PAPER_PRESETS = ("W4A16", "W4A8", "W4A4", "W4A4KV", "W4A3KV", "W3A3KV")
 ALL_4 = "W4A4KV4"
@@ -49,6 +50,7 @@ WITHOUT = {
     "asymmetric": ("asymmetric targets", "weights.asymmetric=0"),
     "descend": ("descent on codes", "weights.descend=0"),
     "damp": ("more damping", "weights.damp=0.01"),
+    "fine": ("fine weight groups", "weights.fine=0"),
     "narrow": ("narrowed weight grids", "weights.clip=false"),
     "sequence": ("true sequence", "true_sequential=false", "weights.asymmetric=0"),
 }

@@ -14,7 +14,8 @@ a model or text that cannot be had.
 import sys
 
 from _published import MODELS, PERPLEXITY
-from _reproduce import Printed, Row, Table, main, parsed, parser_of
+from _reproduce import main, parsed, parser_of
+from _rows import Printed, Row, Table
 
 HALF, PLAIN = ("--sparsity", "0.5"), ("--method", "sparsegpt", "--refine", "none", "--set", "weights.asymmetric=0")
 BEST = ("--method", "admm", "--refine", "pcg:15", "--set", "weights.asymmetric=0.5")

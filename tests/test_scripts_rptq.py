@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import _page as pages
 import _reproduce as table
 from _published_rptq import LLAMA, OMNIQUANT_A25, OPT, RPTQ
 from reproduce_rptq import ALL_4, LLAMA_TABLE, OPT_TABLE, PAPER_PRESETS, parse
@@ -27,7 +28,7 @@ def record(model="m", row="W4A4KV4-rptq+", seed=0, bits=(4.5, 4.25, None), **tex
     results = {name: {"failed": v} if isinstance(v, str) else {"perplexity": v} for name, v in texts.items()}
     cell = {"model": model, "row": row, "seed": seed, "weights": "w", "options": table.listed(ROWS[row])}
     cell |= {"recipe": table.recipe_of(OPT_TABLE, ROWS[row])}
-    cell |= {} if row == "full" else {"bits": dict(zip(table.BITS, bits))}
+    cell |= {} if row == "full" else {"bits": dict(zip(pages.BITS, bits))}
     return cell | {"made_with": FACTS, "texts": results}
 
 
@@ -76,7 +77,7 @@ def test_the_printed_numbers_are_whole_and_belong_to_rows():
 
 def test_the_printed_lines_lie_beside_their_rows():
     def printed(text, row, *models):
-        return table.printed_lines(OPT_TABLE, text, row, models)
+        return pages.printed_lines(OPT_TABLE, text, row, models)
 
     small, large = "facebook/opt-1.3b", "facebook/opt-66b"
     assert printed("ptb", "W4A4-rptq", large) == [["RPTQ W4A4 (RPTQ's README)", "18.87"]]
@@ -99,7 +100,7 @@ def test_the_page_of_one_model_has_ratios_and_bits():
         record(seed=1, wikitext2=23.0, bits=(4.7, 4.25, None)),
         record(row="W4A8-rptq", wikitext2="eval: exit 4"),
     ]
-    page = table.page(OPT_TABLE, records, SHARED, "python x")
+    page = pages.page(OPT_TABLE, records, SHARED, "python x")
     found = cells(page)
     assert found["row"] == ["m", "ratio", "weight bits", "activation bits", "KV bits"]
     assert found["full precision"] == ["20.00", "1.000", "-", "-", "-"]
@@ -110,7 +111,7 @@ def test_the_page_of_one_model_has_ratios_and_bits():
 
 def test_a_ratio_needs_full_precision_of_the_same_text():
     records = [record(row="full", seed=None, ptb=20.0), record(wikitext2=21.0)]
-    assert table.ratio(records, "wikitext2", "m", "W4A4KV4-rptq+") == "-"
+    assert pages.ratio(records, "wikitext2", "m", "W4A4KV4-rptq+") == "-"
 
 
 def test_the_page_of_several_models_sets_printed_numbers_below_ours_and_bits_apart():
@@ -120,7 +121,7 @@ def test_the_page_of_several_models_sets_printed_numbers_below_ours_and_bits_apa
         record(opt, "W4A4-rptq", wikitext2=11.9, bits=(4.25, 4.0, 4.0)),
         record("mine", "W4A4-rptq", wikitext2=30.0),
     ]
-    page = table.page(OPT_TABLE, records, SHARED, "python x")
+    page = pages.page(OPT_TABLE, records, SHARED, "python x")
     ours, bits = page.split("## Effective bits")
     found = cells(ours)
     assert found["row"] == [opt, "mine"]
@@ -138,7 +139,7 @@ def test_the_page_says_whether_the_papers_settings_are_its_own():
         (SHARED | {"mode": "first"}, False),
         (SHARED | {"windows": 4}, False),
     ):
-        page = table.page(OPT_TABLE, records, shared, "python x")
+        page = pages.page(OPT_TABLE, records, shared, "python x")
         assert ("not the settings of this table" not in page) == held and "the settings of this table" in page
         assert ("first windows" in page) == (shared.get("mode") == "first")
 
@@ -159,7 +160,7 @@ class Subprocesses:
         else:
             out = Path(words[words.index("--out") + 1])
             out.mkdir()
-            report = {"seconds": 1.0, "bits": {**dict.fromkeys(table.BITS, 4.5), "softmax": 16}}
+            report = {"seconds": 1.0, "bits": {**dict.fromkeys(pages.BITS, 4.5), "softmax": 16}}
             (out / "report.json").write_text(json.dumps(report), encoding="utf8")
         return 0, ""
 
@@ -193,7 +194,7 @@ def test_finished_cells_are_skipped_and_failed_ones_tried_again(call, tmp_path, 
     assert "model, RPTQ W4A8, seed 1: there already" in capsys.readouterr().err
     saved = json.loads((tmp_path / "rptq.json").read_text(encoding="utf8"))
     assert [(one["row"], one["seed"]) for one in saved["rows"]] == [("full", None), ("W4A8-rptq", 0), ("W4A8-rptq", 1)]
-    assert saved["rows"][1]["bits"] == dict.fromkeys(table.BITS, 4.5) and saved["rows"][1]["seconds_quantize"] == 1.0
+    assert saved["rows"][1]["bits"] == dict.fromkeys(pages.BITS, 4.5) and saved["rows"][1]["seconds_quantize"] == 1.0
 
 
 def test_another_mode_of_calibration_is_another_table(call, capsys):

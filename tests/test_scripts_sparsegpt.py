@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import _page as pages
 import _reproduce as table
 import bench_prune
 from _published import MODELS, PERPLEXITY
@@ -99,7 +100,7 @@ def test_the_published_table_is_whole(text):
 
 def published(text, row, model):
     """As printed, "-" if nothing was."""
-    found = table.printed_lines(TABLE, text, row, [model])
+    found = pages.printed_lines(TABLE, text, row, [model])
     return found[0][1] if found else "-"
 
 
@@ -168,7 +169,7 @@ def test_the_page_sets_the_papers_numbers_below_ours():
         record(opt, seed=1, wikitext2=38.0),
         record("mine", seed=0, wikitext2="eval: exit 4"),
     ]
-    lines = table.page(TABLE, records, SHARED, "python x").splitlines()
+    lines = pages.page(TABLE, records, SHARED, "python x").splitlines()
     rows = {
         cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in (x.split("|") for x in lines) if len(cells) > 2
     }
@@ -178,7 +179,7 @@ def test_the_page_sets_the_papers_numbers_below_ours():
     assert "ADMM + PCG 50%" not in rows and "SparseGPT 2:4 (paper)" not in rows
     assert any(line.startswith("n/a: sparsegpt-50 of mine") and "eval: exit 4" in line for line in lines)
     assert not any("not the settings of this table" in line for line in lines)
-    other = table.page(TABLE, records, SHARED | {"windows": 4}, "python x")
+    other = pages.page(TABLE, records, SHARED | {"windows": 4}, "python x")
     assert "not the settings of this table" in other
 
 
