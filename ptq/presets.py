@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rptq": {},
     "rptq+": {
         "true_sequential": True,
-        "weights": {"damp": 0.1, "asymmetric": 0.5, "clip": True, "descend": 3},
+        "weights": {"damp": 0.1, "asymmetric": 0.5, "clip": True, "descend": 3, "fine": 0.041},
         "activations": {"grid": "tile", "clip": True, "sinks": 1},
         "clusters": {"tile": 64, "wide": 0.16, "allot": "block", "rotate": True},
     },
