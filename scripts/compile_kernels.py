@@ -96,6 +96,72 @@ def quantize(norm=0, types=(), **values):
     }
 
 
+def kv_append(bits, rotary_dim):
+    """The line of one new token's keys and values, heads of 128 channels in bfloat16."""
+    types = dict.fromkeys(("keys", "values"), "*bf16") | dict.fromkeys(("key_plane", "value_plane"), BYTES)
+    types |= dict.fromkeys(("key_rest", "value_rest"), BYTES) if bits == 3 else {}
+    types |= dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero"), FLOATS)
+    types |= dict.fromkeys(("cos", "sin"), "*bf16") if rotary_dim else {}
+    strides = [f"{of}_{by}" for of in ("key", "value") for by in ("batch", "head", "token")]
+    strides += ["angle_batch", "angle_token"]
+    types |= dict.fromkeys(("T", "held", "capacity", "H", *strides), SIZE)
+    values = {"D": 128, "R": rotary_dim, "BITS": bits, "INTERLEAVED": False, "HALF": 64, "TOKENS": 1}
+    return {
+        "module": "lowbit.triton.kv",
+        "function": "append_kernel",
+        "types": types,
+        "values": values,
+        "options": {"num_warps": 1, "enable_fp_fusion": False},
+        "aligned": ("capacity", *strides),
+    }
+
+
+def attention(bits, rotary_dim, phase=0, group=4):
+    """The line of one query a sequence over packed keys and values, heads of 128 channels, `group` of them to a KV head."""
+    types = {"q": "*bf16"} | dict.fromkeys(("key_plane", "value_plane"), BYTES)
+    types |= dict.fromkeys(("key_rest", "value_rest"), BYTES) if bits == 3 else {}
+    types |= dict.fromkeys(("cos", "sin"), "*bf16") if rotary_dim else {}
+    types |= dict.fromkeys(("key_scale", "key_zero", "products", "most", "sums"), FLOATS) | {"scaling": "fp32"}
+    types |= dict.fromkeys(("known_most", "known_sum"), FLOATS) if phase == 2 else {}
+    types |= dict.fromkeys(("T", "per", "capacity", "angle_batch", "angle_token", "mask_batch"), SIZE)
+    return {
+        "module": "lowbit.triton.kv",
+        "function": "decode_kernel",
+        "types": types,
+        "launch": {"channels": 128, "group": group, "bits": bits, "rotary_dim": rotary_dim},
+        "values": {"H": 8, "PHASE": phase, "LEVELS": 255 if phase == 2 else 0},
+        "aligned": ("capacity", "angle_batch", "angle_token"),
+    }
+
+
+def sparse24(tokens, coded):
+    """The line of a 2:4 weight in bfloat16, or in codes of 8 bits."""
+    types = {"x": "*i64", "values": "*i16" if coded else "*i32", "places": BYTES} | dict.fromkeys(("bias", "y"), FLOATS)
+    types |= dict.fromkeys(("scale", "zero"), FLOATS) if coded else {}
+    return {
+        "module": "lowbit.triton.sparse24",
+        "function": "sparse24_kernel",
+        "types": types | dict.fromkeys(("M", "per", "N", "units"), SIZE),
+        "launch": {"T": tokens},
+        "values": {"dtype": "bf16", "CODES": coded},
+        "aligned": ("N", "units"),
+    }
+
+
+def group4(tokens):
+    """The line of FlexGen's codec with bfloat16 activations."""
+    types = {"x": "*bf16", "packed": BYTES} | dict.fromkeys(("scale", "minimum"), "*fp16")
+    types |= dict.fromkeys(("bias", "y"), FLOATS)
+    return {
+        "module": "lowbit.triton.group4",
+        "function": "group4_kernel",
+        "types": types | dict.fromkeys(("M", "C", "N", "per", "x_stride", "octets", "groups"), SIZE),
+        "launch": {"T": tokens},
+        "values": {},
+        "aligned": ("C", "N", "per", "x_stride", "octets", "groups"),
+    }
+
+
 STEPPED, JOINED = ("step", "shift"), ("residual", "summed", "weight", "permutation")
 KERNELS = {
     "sweep: prune by a mask": sweep(MASK),
@@ -141,6 +207,29 @@ KERNELS |= {
     "quantize: residual, RMSNorm, gather, rotate, tiles": quantize(2, STEPPED + JOINED, ROTATE=True),
     "quantize: residual, LayerNorm, gather, static": quantize(1, ("scale", "zero", "bias", *JOINED)),
 }
+for bits in (8, 4, 3, 2):
+    KERNELS |= {
+        f"kv_append KV{bits}: turned back": kv_append(bits, 128),
+        f"attention_decode KV{bits}": attention(bits, 0),
+        f"attention_decode KV{bits}: rotary": attention(bits, 128),
+    }
+KERNELS |= {
+    "attention_decode KV4: rotary, sums": attention(4, 128, 1),
+    "attention_decode KV4: rotary, probabilities of 8 bits": attention(4, 128, 2),
+    "attention_decode: join": {
+        "module": "lowbit.triton.kv",
+        "function": "join_kernel",
+        "types": dict.fromkeys(("products", "most", "sums", "value_scale", "value_zero"), FLOATS) | {"y": "*bf16"},
+        "values": {"GROUP": 4, "H": 8, "D": 128, "PARTS": 64, "LEVELS": 0, "WIDE": 128},
+        "options": {"num_warps": 4},
+        "aligned": (),
+    },
+    "sparse_linear 2:4: 16 tokens": sparse24(16, False),
+    "sparse_linear 2:4: 64 tokens": sparse24(64, False),
+    "sparse_linear 2:4 of 8 bits: 16 tokens": sparse24(16, True),
+    "FlexGen's codec: 16 tokens": group4(16),
+    "FlexGen's codec: 64 tokens": group4(64),
+}
 
 
 def compile_kernel(kernel, label):
@@ -158,6 +247,8 @@ def compile_kernel(kernel, label):
     names = function.arg_names
     signature = {name: kernel["types"].get(name, "constexpr") for name in names}
     constants = {name: values.get(name) for name in names if signature[name] == "constexpr"}
+    if "dtype" in constants:
+        constants["dtype"] = triton.language.str_to_ty(constants["dtype"], None)
     sixteen = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in kernel["aligned"]]
     attributes = {(i,): [["tt.divisibility", 16]] for i in sixteen}
     source = ASTSource(function, signature, constants, attributes)
@@ -251,9 +342,9 @@ def report(kernel, label):
     found = {"warps": warps, "shared_bytes": compiled.metadata.shared}
     if TARGETS[label][0] == "hip":
         found["registers"], found["stack_bytes"], kinds = amd_report(compiled)
-        return found | ({"mma": sorted(kinds)} if "launch" in kernel else {})
+        return found | ({"mma": sorted(kinds)} if kernel["function"] == "linear_kernel" else {})
     found["registers"], found["stack_bytes"], instructions, loops = nvidia_report(compiled)
-    if "launch" in kernel:
+    if kernel["function"] == "linear_kernel":
         found["tile"] = [values["BM"], values["BN"]]
         found["mma"] = sorted({name for name in map(operation, instructions) if products([name])})
         if label in GPUS:
