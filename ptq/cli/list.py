@@ -14,19 +14,22 @@ SITES = ("norm_bits", "q_bits", "kv_bits", "bits", "softmax_bits")
 
 def add(verbs: Any) -> None:
     """Add the verb to the command line."""
-    parser = verbs.add_parser("list", help="architectures, presets and methods")
+    parser = verbs.add_parser("list", help="architectures, presets, methods and formats")
     parser.set_defaults(main=main, parser=parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
     from ptq.architectures import FAMILIES
+    from ptq.export import FORMATS
 
     print(f"architectures (model_type)\n  {', '.join(sorted(FAMILIES))}\n")
     print("presets: bits per site (- is full precision: embeddings, head, norms and the residual stream always are)")
     print(_indent(table(preset_rows(), right=tuple(range(1, len(HEADING))))) + "\n")
     print("methods (ptq quantize, then ptq prune)")
-    print(_indent("\n".join(f"{name:<12} {note}" for name, note in METHOD_NOTES.items())))
+    print(_indent("\n".join(f"{name:<12} {note}" for name, note in METHOD_NOTES.items())) + "\n")
+    print("formats (ptq export)")
+    print(_indent("\n".join(f"{name:<18} {form.note}" for name, form in FORMATS.items())))
 
 
 def preset_rows() -> list[list[str]]:

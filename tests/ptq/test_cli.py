@@ -16,6 +16,7 @@ from ptq.cli import main, quantize, run
 from ptq.cli.list import preset_rows
 from ptq.cli.parser import build_parser, parse
 from ptq.errors import BadInput, NumericalFailure, UnsupportedModel
+from ptq.export import FORMATS
 from ptq.presets import METHODS, PRESETS
 from ptq.progress import Progress, module_line
 from ptq.recipe import Activations, fingerprint
@@ -343,7 +344,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 def test_every_verb_has_its_help_and_a_body():
     actions = build_parser()._subparsers._group_actions[0].choices
-    assert list(actions) == ["quantize", "prune", "run", "eval", "generate", "bench", "inspect", "list"]
+    assert list(actions) == ["quantize", "prune", "run", "eval", "generate", "export", "bench", "inspect", "list"]
     for name, parser in actions.items():
         assert parser.get_default("main") is not None, name
         assert parser.format_help().startswith(f"usage: ptq {name}")
@@ -352,7 +353,7 @@ def test_every_verb_has_its_help_and_a_body():
 def test_list_shows_all_there_is_to_choose(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in (*PRESETS, *METHODS, "opt", "llama"))
+    assert all(name in out for name in (*PRESETS, *METHODS, *FORMATS, "opt", "llama"))
     rows = {row[0]: row[1:] for row in preset_rows()}
     assert rows["W4A4"] == ["4", "8", "4", "4", "4", "8"]
     assert rows["W3A3KV"] == ["3", "-", "-", "3", "-", "-"]
