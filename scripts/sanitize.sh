@@ -15,7 +15,7 @@ files=()
 for name in "${natives[@]}"; do
   if [ -f "tests/lowbit/test_$name.py" ]; then files+=("tests/lowbit/test_$name.py"); fi
 done
-# Python's own allocations are not the kernels' to free; a crash must end the run, so the sanitizers may not be swallowed by a child.
+# Python frees nothing at its end, so leaks are not looked for; -s, so that what a sanitizer says before it aborts is seen.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so)" PYTHONPATH=kernels:. \
-  python -m pytest -k "not triton" "${files[@]}" "$@"
+  python -m pytest -s -k "not triton" "${files[@]}" "$@"

@@ -63,6 +63,7 @@ EXPORT void lowbit_sparse_fill(int threads, long R, long C, const float *W, cons
                 where[count] = static_cast<std::uint8_t>(c);
                 count += w[c] != 0.0f;
             }
+            if (!count) continue;  // of a weight of zeros the arrays are null
             const std::int64_t start = starts[tile * (R + 1) + r];
             std::memcpy(values + start, kept, count * sizeof(float));
             std::memcpy(index + start, where, count);
