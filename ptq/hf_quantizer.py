@@ -86,6 +86,10 @@ class PtqQuantizer(HfQuantizer):
         grids = packed_kv_grids(model, spec_of(model.config), self.quantization_config.kv_bits)
         if grids is not None:
             attach_packed_cache(model, list(model.get_submodule(spec_of(model.config).blocks)), grids)
+        if model.dtype == torch.float32:
+            from ptq.native_decode import decode_natively
+
+            decode_natively(model, spec_of(model.config))
 
     def is_serializable(self) -> bool:
         return True

@@ -41,9 +41,13 @@ def geometry_of(config: Any, spec: Spec) -> Geometry:
 def _scaled_up(config: Any, spec: Spec) -> str | None:
     if len(spec.up) == 2:
         return spec.up[1]
+    return spec.up[0] if activations_of(config) == {"relu"} else None
+
+
+def activations_of(config: Any) -> set[str]:
+    """The MLP's activation, by whatever attribute the config names it; more than one where attributes differ."""
     names = ("activation_function", "hidden_act", "hidden_activation")
-    activations = {getattr(config, name, None) for name in names} - {None}
-    return spec.up[0] if activations == {"relu"} else None
+    return {getattr(config, name, None) for name in names} - {None}
 
 
 def _rotary_dim(config: Any, head_dim: int) -> int:

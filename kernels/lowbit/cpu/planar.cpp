@@ -6,14 +6,14 @@
 #include <cstring>
 #include <limits>
 
-namespace {
-
-const PlanarPath *select_path(int path) {
+const PlanarPath *planar_path(int path) {
 #ifdef LOWBIT_X86
     if (path != PORTABLE && has_avx2()) return &avx2_planar_path;
 #endif
     return path == AVX2 ? nullptr : &portable_planar_path;
 }
+
+namespace {
 
 // Rounded to bfloat16, to even; not for NaN.
 float brief(float x) {
@@ -24,22 +24,12 @@ float brief(float x) {
     return x;
 }
 
-struct Clusters {
-    long count;
-    const float *scale, *zero;  // null: each token's own
-    const std::uint8_t *bits;
-    const std::int64_t *sizes;
-    const std::int64_t *repeats;  // [again]: tiles that follow the others once more
-    long again;
-    bool brief;  // steps of a token's own grid are bfloat16
-};
-
 struct Grid {
     float scale, zero, top, offset;
     bool broken;  // no grid, because of NaN or infinities
 };
 
-Grid own_grid(const PlanarPath &path, const Clusters &clusters, long c, const float *x) {
+Grid own_grid(const PlanarPath &path, const PlanarClusters &clusters, long c, const float *x) {
     Grid grid = {0, 0, static_cast<float>((1 << clusters.bits[c]) - 1), 128, false};
     float low, high;
     grid.broken = path.extremes(x, clusters.sizes[c], &low, &high);
@@ -52,7 +42,7 @@ Grid own_grid(const PlanarPath &path, const Clusters &clusters, long c, const fl
     return grid;
 }
 
-Grid static_grid(const Clusters &clusters, long c) {
+Grid static_grid(const PlanarClusters &clusters, long c) {
     const float middle = static_cast<float>(1 << (clusters.bits[c] - 1));
     return {clusters.scale[c], clusters.zero[c], 2 * middle - 1, middle, false};
 }
@@ -72,8 +62,10 @@ void quantize_tile(const PlanarPath &path, const Grid &grid, const float *x, lon
     if (shift) *shift = grid.offset == grid.zero ? 0.0f : *step * (grid.offset - grid.zero);
 }
 
-void quantize_token(const PlanarPath &path, const Clusters &clusters, long tiles, const float *x, std::int8_t *a, float *step,
-                    float *shift, float *count) {
+}  // namespace
+
+void planar_quantize_token(const PlanarPath &path, const PlanarClusters &clusters, long tiles, const float *x, std::int8_t *a,
+                           float *step, float *shift, float *count) {
     long tile = 0;
     for (long c = 0; c < clusters.count; ++c) {
         const long size = clusters.sizes[c];
@@ -100,8 +92,10 @@ void quantize_token(const PlanarPath &path, const Clusters &clusters, long tiles
     }
 }
 
+namespace {
+
 // The step and shift of all tokens.
-void share_grids(const Clusters &clusters, long tiles, float *step, float *shift) {
+void share_grids(const PlanarClusters &clusters, long tiles, float *step, float *shift) {
     long tile = 0;
     for (long c = 0; c < clusters.count; ++c) {
         const Grid grid = static_grid(clusters, c);
@@ -118,7 +112,7 @@ void share_grids(const Clusters &clusters, long tiles, float *step, float *shift
 }
 
 // Whether clusters cover C channels, boundaries between tiles, at bits the kernels take, and repeats are among their tiles.
-bool fits(const Clusters &clusters, long C) {
+bool fits(const PlanarClusters &clusters, long C) {
     long end = 0;
     for (long e = 0; e < clusters.again; ++e)
         if (clusters.repeats[e] < 0 || clusters.repeats[e] * PLANAR_TILE >= C) return false;
@@ -133,15 +127,9 @@ bool fits(const Clusters &clusters, long C) {
 
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-struct PlanarWeight {
-    long bits, units, R;
-    const std::uint8_t *first, *second;
-    const float *tables;  // [blocks, kinds, 2 units, PLANAR_ROWS]
-    long kinds;           // scale and total, or with zero between them
-    const float *bias;
-};
+}  // namespace
 
-PlanarBlock block_at(const PlanarWeight &w, long row) {
+PlanarBlock planar_block(const PlanarWeight &w, long row) {
     const long table = 2 * w.units * PLANAR_ROWS, next = w.kinds * table;
     const float *scale = w.tables + row / PLANAR_ROWS * next, *total = scale + next - table;
     return {w.first + row * w.units * first_bytes(w.bits),
@@ -153,13 +141,15 @@ PlanarBlock block_at(const PlanarWeight &w, long row) {
             next};
 }
 
+namespace {
+
 // The last rows where they do not fill a block, zeros after them. Returns what to free; null where memory ran out.
 void *pad_tail(const PlanarWeight &w, PlanarBlock &tail) {
     const long full = w.R / PLANAR_ROWS * PLANAR_ROWS, rows = w.R - full;
     const std::size_t a = w.units * first_bytes(w.bits), b = w.units * second_bytes(w.bits);
     char *memory = static_cast<char *>(std::calloc(PLANAR_ROWS, a + b + sizeof(float)));
     if (!memory) return nullptr;
-    tail = block_at(w, full);
+    tail = planar_block(w, full);
     char *second = memory + PLANAR_ROWS * a, *bias = second + PLANAR_ROWS * b;
     std::memcpy(memory, tail.first, rows * a);
     tail.first = reinterpret_cast<std::uint8_t *>(memory);
@@ -175,7 +165,7 @@ void spread_rows(const PlanarPath &path, int threads, const PlanarActivations &x
     for (long part = 0; part < parts; ++part)
         for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
             const long row = block * PLANAR_ROWS, left = w.R - row;
-            if (left >= PLANAR_ROWS) path.rows(x, w.bits, block_at(w, row), PLANAR_ROWS, y + row, w.R);
+            if (left >= PLANAR_ROWS) path.rows(x, w.bits, planar_block(w, row), PLANAR_ROWS, y + row, w.R);
             else path.rows(x, w.bits, tail, left, y + row, w.R);
         }
 }
@@ -199,9 +189,9 @@ EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long ti
                                   const float *x, const float *scale, const float *zero, const std::uint8_t *bits,
                                   const std::int64_t *sizes, const std::int64_t *repeats, std::int8_t *a, float *step,
                                   float *shift, float *count) {
-    const PlanarPath *chosen = select_path(path);
+    const PlanarPath *chosen = planar_path(path);
     if (!chosen) return 2;
-    const Clusters all = {clusters, scale, zero, bits, sizes, repeats, again, brief_steps != 0};
+    const PlanarClusters all = {clusters, scale, zero, bits, sizes, repeats, again, brief_steps != 0};
     if (!fits(all, C)) return 3;
     if (scale) {
         share_grids(all, tiles, step, shift);
@@ -211,8 +201,8 @@ EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long ti
     const long worth = T * C >> 15, parts = worth < 1 ? 1 : worth < threads ? worth : threads;
 #pragma omp parallel for num_threads(parts) schedule(static)
     for (long t = 0; t < T; ++t)
-        quantize_token(*chosen, all, tiles, x + t * C, a + t * tiles * PLANAR_TILE, step ? step + t * tiles : nullptr,
-                       shift ? shift + t * tiles : nullptr, count + t * tiles);
+        planar_quantize_token(*chosen, all, tiles, x + t * C, a + t * tiles * PLANAR_TILE, step ? step + t * tiles : nullptr,
+                              shift ? shift + t * tiles : nullptr, count + t * tiles);
     return 0;
 }
 
@@ -220,7 +210,7 @@ EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long ti
 EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long tiles, long R, long kinds, long grid_stride,
                                 const std::int8_t *a, const float *step, const float *shift, const float *count,
                                 const std::uint8_t *first, const std::uint8_t *second, const float *tables, const float *bias, float *y) {
-    const PlanarPath *chosen = select_path(path);
+    const PlanarPath *chosen = planar_path(path);
     if (!chosen) return 2;
     const std::size_t entries = T * tiles * PLANAR_TILE, excesses = T * tiles * sizeof(std::int32_t);
     std::int8_t *scratch = static_cast<std::int8_t *>(std::aligned_alloc(64, whole_lines(entries + excesses)));

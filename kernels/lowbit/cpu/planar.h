@@ -41,6 +41,35 @@ struct PlanarPath {
     bool (*codes)(const float *x, long n, float scale, float zero, float top, float offset, std::int8_t *a);
 };
 
+// What rounds an activation: clusters of whole tiles.
+struct PlanarClusters {
+    long count;
+    const float *scale, *zero;  // null: each token's own
+    const std::uint8_t *bits;
+    const std::int64_t *sizes;
+    const std::int64_t *repeats;  // [again]: tiles that follow the others once more
+    long again;
+    bool brief;  // steps of a token's own grid are bfloat16
+};
+
+struct PlanarWeight {
+    long bits, units, R;
+    const std::uint8_t *first, *second;
+    const float *tables;  // [blocks, kinds, 2 units, PLANAR_ROWS]
+    long kinds;           // scale and total, or with zero between them
+    const float *bias;
+};
+
+// The path that a caller chose, null where this machine lacks it.
+const PlanarPath *planar_path(int path);
+
+// One token: a [64 tiles], step, shift and count [tiles]. `step` is null where all tokens share theirs, `shift` where none is needed.
+void planar_quantize_token(const PlanarPath &path, const PlanarClusters &clusters, long tiles, const float *x, std::int8_t *a, float *step,
+                           float *shift, float *count);
+
+// The rows from `row`, a multiple of PLANAR_ROWS; the last rows where they do not fill a block must be padded by whoever asks.
+PlanarBlock planar_block(const PlanarWeight &w, long row);
+
 extern const PlanarPath portable_planar_path;
 #ifdef LOWBIT_X86
 extern const PlanarPath avx2_planar_path;

@@ -1,0 +1,106 @@
+// One token a sequence through consecutive decoder blocks: what lowbit/cpu/decode.py fills in, and what one instruction set does of it.
+#pragma once
+#include <cstdint>
+
+#include "planar.h"
+
+// Runs of `block` channels times a Hadamard matrix, which is a Sylvester matrix (x) `matrix` [base, base], that already divided by
+// sqrt(block). block 1: none.
+struct DecodeRotation {
+    long block, base;
+    const float *matrix;
+};
+
+struct DecodeNorm {
+    long centred;                // LayerNorm; else RMSNorm
+    double eps;
+    const float *weight, *bias;  // or null
+    const std::int32_t *permutation;
+    DecodeRotation rotation;
+};
+
+struct DecodeLinear {
+    PlanarWeight weight;
+    const std::uint8_t *tail_first, *tail_second;  // the rows after the last whole block, padded to one; null where there are none
+    const float *tail_bias;
+    const std::int32_t *reads;                     // [tiles of the weight] which tile of the activation each multiplies; null: its own
+    const float *scale, *zero, *top;               // grid of each output, top below 0 for none; null: no output has one
+};
+
+// Linears that share an input, and what happens to it before.
+struct DecodeSite {
+    DecodeRotation rotation;
+    long channels, tiles;
+    long exact;    // no grid: every number is a sum of EXACT_TERMS codes
+    long shifted;  // a grid may have a shift
+    PlanarClusters clusters;
+    long count;
+    DecodeLinear linears[3];
+};
+
+// `bits` 16: keys, already rotated, and values are float32. Else codes, bits D / 8 bytes a token, keys before rotation.
+struct DecodeCache {
+    long bits;
+    std::uint8_t *keys, *values;  // [B, heads, capacity, bytes of a token]
+    const float *key_scale, *key_zero, *value_scale, *value_zero;  // [heads, D]
+    // Columns that some rows hold in full precision: [B, heads, spared, D], keys rotated; rows [B, spared]; columns ascending.
+    long spared;
+    const float *spared_keys, *spared_values;
+    const std::uint8_t *spared_rows;
+    const std::int64_t *spared_at;
+};
+
+struct DecodeBlock {
+    DecodeNorm attention_norm, mlp_norm;
+    DecodeSite qkv, output, up, down;  // up: the gate, if there is one, then up
+    double scaling;                    // of queries
+    long softmax_levels;               // 0: probabilities stay as they are
+    long activation;
+    DecodeCache cache;
+};
+
+enum DecodeActivation { RELU = 0, SILU = 1 };
+
+struct DecodeStep {
+    long B, C, heads, kv_heads, width;
+    long held, capacity;                // tokens in the cache before this one, and room for
+    long half;                          // pairs of channels that rotate, i and half + i; 0 without rotary embedding
+    const float *cos, *sin;             // [B or 1, half] of this token
+    long turn_stride;                   // 0 where one row serves all sequences
+    const float *all_cos, *all_sin;     // [B or 1, capacity, half], this token included
+    long turns_stride;
+    const float *mask;                  // added to the scores: [B or 1, held + 1], or null
+    long mask_stride;
+    long blocks;
+    const DecodeBlock *block;
+    float *hidden;                      // [B, C]
+};
+
+constexpr long EXACT_TERMS = 3, DECODE_RUN = 16;  // codes a number; cached tokens that are decoded at a time
+
+// The query heads of sequence b that share KV head `head`. query [heads / kv_heads, D], key, value [D] before rotation; they are used up.
+struct DecodeHeads {
+    const DecodeStep *step;
+    const DecodeBlock *block;
+    long b, head;
+    float *query, *key, *value;
+    float *run;     // [DECODE_RUN, D]
+    float *scores;  // [heads / kv_heads, held + 1]
+    float *y;       // [heads / kv_heads, D]
+};
+
+struct DecodePath {
+    // y = norm(x), permuted but not rotated. `spare` [C].
+    void (*norm)(const DecodeNorm &norm, const float *x, long C, float *spare, float *y);
+    // In place. `spare` [block].
+    void (*rotate)(const DecodeRotation &rotation, float *x, long C, float *spare);
+    // y = activation(x) times `other`, which may be null.
+    void (*activate)(long activation, const float *x, const float *other, long n, float *y);
+    // Appends key and value, and attends to all that is cached.
+    void (*attend)(const DecodeHeads &heads);
+};
+
+extern const DecodePath portable_decode_path;
+#ifdef LOWBIT_X86
+extern const DecodePath avx2_decode_path;
+#endif

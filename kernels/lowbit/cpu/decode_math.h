@@ -1,0 +1,311 @@
+// What decode.cpp asks of an instruction set, on the vectors of avx2.h or portable.h, and on what the including file defines: `codes8`,
+// and `add_across`, the sums of four vectors' entries.
+#include <cmath>
+#include <cstring>
+
+#include "decode.h"
+
+namespace {
+
+constexpr long WIDTH = sizeof(vec) / sizeof(float);
+
+float sum_of(vec v) {
+    const vec all[4] = {v, v, v, v};
+    float sums[4];
+    add_across(all, sums);
+    return sums[0];
+}
+
+float sum_squares(const float *x, long n, float mean) {
+    vec sum = broadcast(0);
+    long i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const vec v = load(x + i) - broadcast(mean);
+        sum = fmadd(v, v, sum);
+    }
+    float rest = 0;
+    for (; i < n; ++i) rest += (x[i] - mean) * (x[i] - mean);
+    return sum_of(sum) + rest;
+}
+
+float sum_all(const float *x, long n) {
+    vec sum = broadcast(0);
+    long i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) sum += load(x + i);
+    float rest = 0;
+    for (; i < n; ++i) rest += x[i];
+    return sum_of(sum) + rest;
+}
+
+void norm(const DecodeNorm &norm, const float *x, long C, float *spare, float *y) {
+    const float mean = norm.centred ? sum_all(x, C) / C : 0.0f;
+    const float inverse = 1.0f / std::sqrt(sum_squares(x, C, mean) / C + static_cast<float>(norm.eps));
+    float *to = norm.permutation ? spare : y;
+    for (long i = 0; i < C; ++i) to[i] = (x[i] - mean) * inverse;
+    if (norm.weight)
+        for (long i = 0; i < C; ++i) to[i] *= norm.weight[i];
+    if (norm.bias)
+        for (long i = 0; i < C; ++i) to[i] += norm.bias[i];
+    if (norm.permutation)
+        for (long i = 0; i < C; ++i) y[i] = spare[norm.permutation[i]];
+}
+
+// N vectors of x [m] M [m, m].
+template <int N>
+void columns_of(const float *x, const float *M, long m, float *y) {
+    vec sum[N];
+    for (int n = 0; n < N; ++n) sum[n] = broadcast(0);
+    for (long k = 0; k < m; ++k)
+        for (int n = 0; n < N; ++n) sum[n] = fmadd(broadcast(x[k]), load(M + k * m + n * WIDTH), sum[n]);
+    for (int n = 0; n < N; ++n) store(y + n * WIDTH, sum[n]);
+}
+
+void times_base(const float *x, const float *M, long m, float *y) {
+    long j = 0;
+    for (; j + 4 * WIDTH <= m; j += 4 * WIDTH) columns_of<4>(x, M + j, m, y + j);
+    for (; j + WIDTH <= m; j += WIDTH) columns_of<1>(x, M + j, m, y + j);
+    for (; j < m; ++j) {
+        y[j] = 0;
+        for (long k = 0; k < m; ++k) y[j] += x[k] * M[k * m + j];
+    }
+}
+
+void rotate(const DecodeRotation &rotation, float *x, long C, float *spare) {
+    const long n = rotation.block, m = rotation.base;
+    for (float *run = x; n > 1 && run < x + C; run += n) {
+        for (long i = 0; i < n; i += m) times_base(run + i, rotation.matrix, m, spare + i);
+        for (long h = m; h < n; h *= 2)
+            for (long start = 0; start < n; start += 2 * h)
+                for (long i = start; i < start + h; ++i) {
+                    const float a = spare[i], b = spare[i + h];
+                    spare[i] = a + b, spare[i + h] = a - b;
+                }
+        std::memcpy(run, spare, n * sizeof(float));
+    }
+}
+
+// e^x, x held between -87 and 87, within two units in the last place; NaN stays. By Cephes' polynomial of the rest after 2^n.
+vec exp_of(vec x) {
+    const vec most = broadcast(87), least = broadcast(-87), magic = broadcast(12582912);  // 1.5 * 2^23: sums with it are whole numbers
+    x = x > most ? most : x < least ? least : x;
+    const vec shifted = fmadd(x, broadcast(1.44269504f), magic), n = shifted - magic;
+    const vec r = fnmadd(n, broadcast(-2.12194440e-4f), fnmadd(n, broadcast(0.693359375f), x));
+    vec p = broadcast(1.9875691500e-4f);
+    p = fmadd(p, r, broadcast(1.3981999507e-3f));
+    p = fmadd(p, r, broadcast(8.3334519073e-3f));
+    p = fmadd(p, r, broadcast(4.1665795894e-2f));
+    p = fmadd(p, r, broadcast(1.6666665459e-1f));
+    p = fmadd(p, r, broadcast(5.0000001201e-1f));
+    p = fmadd(p, r * r, r) + broadcast(1);
+    const ivec power = (ivec)p + ((ivec)shifted << 23);
+    return (vec)power + (x - x);  // the exponent's sum may have turned NaN into a number
+}
+
+vec activation_of(long activation, vec x) {
+    if (activation == SILU) return x / (broadcast(1) + exp_of(-x));
+    return x < broadcast(0) ? broadcast(0) : x;
+}
+
+void activate(long activation, const float *x, const float *other, long n, float *y) {
+    for (long i = 0; i < n; i += WIDTH) {
+        float in[WIDTH] = {}, out[WIDTH];
+        const long part = n - i < WIDTH ? n - i : WIDTH;
+        std::memcpy(in, x + i, part * sizeof(float));
+        store(out, activation_of(activation, load(in)));
+        for (long j = 0; j < part; ++j) y[i + j] = other ? out[j] * other[i + j] : out[j];
+    }
+}
+
+// The rotary embedding of x [D], channels i and half + i.
+void turn(const float *__restrict cos, const float *__restrict sin, long half, float *__restrict x) {
+    float *__restrict y = x + half;
+    for (long i = 0; i < half; ++i) {
+        const float a = x[i], b = y[i];
+        x[i] = a * cos[i] - b * sin[i];
+        y[i] = b * cos[i] + a * sin[i];
+    }
+}
+
+// Codes clamp(round(x / scale) + zero, 0, 2^bits - 1) of x [D], the first in the lowest bits.
+void encode(long bits, const float *x, const float *scale, const float *zero, long D, std::uint8_t *codes) {
+    const float top = static_cast<float>((1 << bits) - 1);
+    std::uint64_t held = 0;
+    for (long i = 0; i < D; ++i) {
+        const float q = std::rint(x[i] / scale[i]) + zero[i];
+        const std::uint64_t code = static_cast<std::uint64_t>(q > 0 ? q < top ? q : top : 0);
+        held |= code << (i % 8 * bits);
+        if (i % 8 == 7) {
+            std::memcpy(codes + i / 8 * bits, &held, bits);
+            held = 0;
+        }
+    }
+}
+
+template <int BITS>
+void decode_rows(const std::uint8_t *codes, const float *scale, const float *zero, long rows, long D, float *x) {
+    for (long r = 0; r < rows; ++r, codes += D * BITS / 8, x += D)
+        for (long i = 0; i < D; i += 8) {
+            float eight[8];
+            codes8<BITS>(codes + i / 8 * BITS, eight);
+            for (long j = 0; j < 8; j += WIDTH) store(x + i + j, (load(eight + j) - load(zero + i + j)) * load(scale + i + j));
+        }
+}
+
+void decode(long bits, const std::uint8_t *codes, const float *scale, const float *zero, long rows, long D, float *x) {
+    switch (bits) {
+        case 2: return decode_rows<2>(codes, scale, zero, rows, D, x);
+        case 3: return decode_rows<3>(codes, scale, zero, rows, D, x);
+        case 4: return decode_rows<4>(codes, scale, zero, rows, D, x);
+        default: return decode_rows<8>(codes, scale, zero, rows, D, x);
+    }
+}
+
+// One head's part of a cache: where its tokens begin, and how many bytes each takes.
+struct Column {
+    std::uint8_t *start;
+    long bytes;
+};
+
+Column column_of(const DecodeHeads &h, std::uint8_t *cache) {
+    const DecodeStep &step = *h.step;
+    const long bits = h.block->cache.bits, bytes = bits == 16 ? step.width * sizeof(float) : step.width * bits / 8;
+    return {cache + (h.b * step.kv_heads + h.head) * step.capacity * bytes, bytes};
+}
+
+void append(const DecodeHeads &h) {
+    const DecodeStep &step = *h.step;
+    const DecodeCache &cache = h.block->cache;
+    const Column keys = column_of(h, cache.keys), values = column_of(h, cache.values);
+    std::uint8_t *key = keys.start + step.held * keys.bytes, *value = values.start + step.held * values.bytes;
+    const long D = step.width, grid = h.head * D;
+    if (cache.bits == 16) {
+        turn(step.cos + h.b * step.turn_stride, step.sin + h.b * step.turn_stride, step.half, h.key);
+        std::memcpy(key, h.key, keys.bytes);
+        std::memcpy(value, h.value, values.bytes);
+    } else {
+        encode(cache.bits, h.key, cache.key_scale + grid, cache.key_zero + grid, D, key);
+        encode(cache.bits, h.value, cache.value_scale + grid, cache.value_zero + grid, D, value);
+    }
+}
+
+// Puts what rows hold in full precision over the run's tokens [from, from + n).
+void restore(const DecodeHeads &h, const float *spared, long from, long n) {
+    const DecodeCache &cache = h.block->cache;
+    const long D = h.step->width;
+    for (long i = 0; i < cache.spared; ++i) {
+        const long at = cache.spared_at[i] - from;
+        if (at < 0 || at >= n || !cache.spared_rows[h.b * cache.spared + i]) continue;
+        const float *kept = spared + ((h.b * h.step->kv_heads + h.head) * cache.spared + i) * D;
+        std::memcpy(h.run + at * D, kept, D * sizeof(float));
+    }
+}
+
+// Tokens [from, from + n), n <= DECODE_RUN, keys rotated: [n, D].
+const float *keys_of(const DecodeHeads &h, long from, long n) {
+    const DecodeStep &step = *h.step;
+    const DecodeCache &cache = h.block->cache;
+    const Column column = column_of(h, cache.keys);
+    const std::uint8_t *start = column.start + from * column.bytes;
+    if (cache.bits == 16) return reinterpret_cast<const float *>(start);
+    const long D = step.width, half = step.half;
+    decode(cache.bits, start, cache.key_scale + h.head * D, cache.key_zero + h.head * D, n, D, h.run);
+    for (long i = 0; half && i < n; ++i) {
+        const long row = h.b * step.turns_stride + (from + i) * half;
+        turn(step.all_cos + row, step.all_sin + row, half, h.run + i * D);
+    }
+    restore(h, cache.spared_keys, from, n);
+    return h.run;
+}
+
+const float *values_of(const DecodeHeads &h, long from, long n) {
+    const DecodeCache &cache = h.block->cache;
+    const Column column = column_of(h, cache.values);
+    const std::uint8_t *start = column.start + from * column.bytes;
+    if (cache.bits == 16) return reinterpret_cast<const float *>(start);
+    const long D = h.step->width;
+    decode(cache.bits, start, cache.value_scale + h.head * D, cache.value_zero + h.head * D, n, D, h.run);
+    restore(h, cache.spared_values, from, n);
+    return h.run;
+}
+
+// scores[j] = query . rows[j] for 4 N rows.
+template <int N>
+void dots(const float *query, const float *rows, long D, float *scores) {
+    vec sum[4 * N];
+    for (int j = 0; j < 4 * N; ++j) sum[j] = broadcast(0);
+    for (long i = 0; i < D; i += WIDTH)
+        for (int j = 0; j < 4 * N; ++j) sum[j] = fmadd(load(query + i), load(rows + j * D + i), sum[j]);
+    for (int n = 0; n < N; ++n) add_across(sum + 4 * n, scores + 4 * n);
+}
+
+// The same for n rows, n <= DECODE_RUN.
+void all_dots(const float *query, const float *rows, long n, long D, float *scores) {
+    long j = 0;
+    for (; j + 8 <= n; j += 8) dots<2>(query, rows + j * D, D, scores + j);
+    for (; j < n; ++j) {
+        vec sum = broadcast(0);
+        for (long i = 0; i < D; i += WIDTH) sum = fmadd(load(query + i), load(rows + j * D + i), sum);
+        scores[j] = sum_of(sum);
+    }
+}
+
+// y [D] += sum_j p[j] rows[j], N vectors of it.
+template <int N>
+void add_rows(const float *p, const float *rows, long n, long D, float *y) {
+    vec sum[N];
+    for (int k = 0; k < N; ++k) sum[k] = load(y + k * WIDTH);
+    for (long j = 0; j < n; ++j)
+        for (int k = 0; k < N; ++k) sum[k] = fmadd(broadcast(p[j]), load(rows + j * D + k * WIDTH), sum[k]);
+    for (int k = 0; k < N; ++k) store(y + k * WIDTH, sum[k]);
+}
+
+// Probabilities of one head's scores [n], in place.
+void softmax(const float *mask, long levels, long n, float *scores) {
+    if (mask)
+        for (long i = 0; i < n; ++i) scores[i] += mask[i];
+    float largest = scores[0];
+    for (long i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
+    for (long i = 0; i < n; i += WIDTH) {
+        float part[WIDTH] = {};
+        const long count = n - i < WIDTH ? n - i : WIDTH;
+        std::memcpy(part, scores + i, count * sizeof(float));
+        store(part, exp_of(load(part) - broadcast(largest)));
+        std::memcpy(scores + i, part, count * sizeof(float));
+    }
+    const float sum = sum_all(scores, n), top = static_cast<float>(levels);
+    for (long i = 0; i < n; ++i) scores[i] /= sum;
+    if (levels)
+        for (long i = 0; i < n; ++i) scores[i] = std::rint(scores[i] * top) / top;
+}
+
+void attend(const DecodeHeads &h) {
+    const DecodeStep &step = *h.step;
+    const long D = step.width, S = step.held + 1, repeats = step.heads / step.kv_heads;
+    const float scaling = static_cast<float>(h.block->scaling);
+    append(h);
+    for (long r = 0; r < repeats; ++r) {
+        for (long i = 0; i < D; ++i) h.query[r * D + i] *= scaling;
+        turn(step.cos + h.b * step.turn_stride, step.sin + h.b * step.turn_stride, step.half, h.query + r * D);
+    }
+    for (long from = 0; from < S; from += DECODE_RUN) {
+        const long n = S - from < DECODE_RUN ? S - from : DECODE_RUN;
+        const float *keys = keys_of(h, from, n);
+        for (long r = 0; r < repeats; ++r) all_dots(h.query + r * D, keys, n, D, h.scores + r * S + from);
+    }
+    const float *mask = step.mask ? step.mask + h.b * step.mask_stride : nullptr;
+    for (long r = 0; r < repeats; ++r) softmax(mask, h.block->softmax_levels, S, h.scores + r * S);
+    std::memset(h.y, 0, repeats * D * sizeof(float));
+    for (long from = 0; from < S; from += DECODE_RUN) {
+        const long n = S - from < DECODE_RUN ? S - from : DECODE_RUN;
+        const float *values = values_of(h, from, n);
+        for (long r = 0; r < repeats; ++r) {
+            const float *p = h.scores + r * S + from;
+            long i = 0;
+            for (; i + 8 * WIDTH <= D; i += 8 * WIDTH) add_rows<8>(p, values + i, n, D, h.y + r * D + i);
+            for (; i + 4 * WIDTH <= D; i += 4 * WIDTH) add_rows<4>(p, values + i, n, D, h.y + r * D + i);
+            for (; i < D; i += WIDTH) add_rows<1>(p, values + i, n, D, h.y + r * D + i);
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,71 @@
+"""A `Decoder` inside a transformers model: it takes the steps that it can, and leaves all others to the blocks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from lowbit.decode import CannotStep, Decoder
+
+
+class _Blocks(nn.Module):
+    """Stands where a model iterates over its blocks, and runs all of them."""
+
+    def __init__(self, decoder: Decoder, blocks: nn.ModuleList):
+        super().__init__()
+        self.decoder, self.blocks = decoder, (blocks,)  # in a tuple: the model stays their only owner
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        cache, turn = kwargs["past_key_values"], kwargs.get("position_embeddings")
+        try:
+            return self.decoder.step(hidden, cache, turn=turn, mask=attention_mask)
+        except CannotStep:
+            pass
+        for block in self.blocks[0]:
+            hidden = block(hidden, attention_mask=attention_mask, **kwargs)
+        return hidden
+
+
+def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandle]:
+    """Let `decoder`, made of all the blocks at `path` of the model, run the forward calls of one token after others.
+
+    While such a call runs, the list at `path` holds one module in their place, so that hooks on blocks do not run.
+
+    Returns:
+        handles whose `remove()` undoes this.
+
+    Raises:
+        ValueError: a decoder of other blocks, or blocks that do not all attend alike (sliding windows in some of them).
+    """
+    owner, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+    blocks = getattr(owner, name)
+    types = sorted(set(getattr(owner.config, "layer_types", None) or ()))
+    if len(types) > 1 or decoder.layers != range(len(blocks)):
+        raise ValueError(f"{path} has {len(blocks)} blocks of types {types}, the decoder is of {decoder.layers}")
+    instead = nn.ModuleList([_Blocks(decoder, blocks)]).eval()
+
+    def before(module: nn.Module, args, kwargs) -> None:
+        if not module.training and _one_more_token(args, kwargs) and not _shows_inside(module.config, kwargs):
+            module._modules[name] = instead
+
+    def after(module: nn.Module, *_) -> None:
+        module._modules[name] = blocks
+
+    return [
+        owner.register_forward_pre_hook(before, with_kwargs=True),
+        owner.register_forward_hook(after, always_call=True),
+    ]
+
+
+def _one_more_token(args: tuple, kwargs: dict) -> bool:
+    inputs = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    tokens = next((t.shape[1] for t in inputs if t is not None), 0)
+    cache = kwargs.get("past_key_values")
+    return tokens == 1 and isinstance(cache, Cache) and cache.get_seq_length() > 0
+
+
+def _shows_inside(config, kwargs: dict) -> bool:
+    """Whether outputs of single blocks are asked for."""
+    asked = ("output_hidden_states", "output_attentions")
+    return any(getattr(config, name, False) if kwargs.get(name) is None else kwargs[name] for name in asked)
