@@ -65,9 +65,9 @@ def evaluate(model, windows: Windows, *, batch_size: int = 4, reference_model=No
         raise BadInput(f"batch_size {batch_size} must be at least 1")
     models = [model] if reference_model is None else [model, reference_model]
     for candidate in models:
-        _check_fits(candidate, windows.tokens)
+        check_fits(candidate, windows.tokens)
     scores = []
-    with _in_eval_mode(models):
+    with in_eval_mode(models):
         for start in range(0, len(windows.tokens), batch_size):
             batch = windows.tokens[start : start + batch_size]
             scores.append(_score_batch(models, batch))
@@ -132,7 +132,8 @@ def _crops(tokenizer, text: Text, rule: Rule, seqlen: int, limit: float) -> torc
     return torch.stack(crops)  # [N, T]
 
 
-def _check_fits(model, tokens: torch.Tensor) -> None:
+def check_fits(model, tokens: torch.Tensor) -> None:
+    """BadInput unless the model takes tokens [N, T]: T within its positions, each within its vocabulary."""
     config = getattr(model, "config", None)
     if config is None:
         return
@@ -147,7 +148,7 @@ def _check_fits(model, tokens: torch.Tensor) -> None:
 
 
 @contextmanager
-def _in_eval_mode(models):
+def in_eval_mode(models):
     """Dropout would make the number random; each model goes back to the mode it came in."""
     training = [model for model in models if getattr(model, "training", False)]
     for model in training:
