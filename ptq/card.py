@@ -32,7 +32,8 @@ def _base_name(report: dict[str, Any]) -> str:
     return base["source"] if base["revision"] else base["source"].rstrip("/\\").replace("\\", "/").split("/")[-1]
 
 
-def _title(report: dict[str, Any]) -> str:
+def title(report: dict[str, Any]) -> str:
+    """The base model, what was done to it, and the method."""
     recipe = report["recipe"]
     return f"{_base_name(report)}, {', '.join(_what(recipe))}, {recipe['method']}"
 
@@ -90,7 +91,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-# {_title(report)}
+# {title(report)}
 
 {note}"""
 
@@ -99,7 +100,7 @@ def _bits(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
     rows = ["| site | bits | where |", "|---|---|---|"]
     for name, part, key, where in SITES:
-        bits = _site_bits(report, part, key)
+        bits = site_bits(report, part, key)
         rows.append(f"| {name} | {'16 (full precision)' if bits == 16 else bits} | {where} |")
     bits = report["bits"]
     kv, inputs = bits["kv_bits_effective"], bits["activations_effective"]
@@ -133,7 +134,7 @@ def _run_time(cost: dict[str, int]) -> str:
     return f" What a token costs at run time beside the products: {' and '.join(found)}." if found else ""
 
 
-def _site_bits(report: dict[str, Any], part: str, key: str) -> int:
+def site_bits(report: dict[str, Any], part: str, key: str) -> int:
     """What the recipe asks for, except that some families keep softmax in full precision whatever it asks."""
     return report["bits"]["softmax"] if key == "softmax_bits" else report["recipe"][part][key]
 
@@ -160,10 +161,10 @@ def _calibration(report: dict[str, Any]) -> str:
     return f"""\
 ## Calibration
 
-{windows} from {_text_name(c["source"])}; sha256 of the token ids {c["fingerprint"][:16]}."""
+{windows} from {text_name(c["source"])}; sha256 of the token ids {c["fingerprint"][:16]}."""
 
 
-def _text_name(source: str) -> str:
+def text_name(source: str) -> str:
     """Names of the texts of a mix, without the folders they lay in."""
     return ", ".join(part.strip().replace("\\", "/").split("/")[-1] for part in source.split(","))
 
@@ -191,7 +192,7 @@ def _limits(report: dict[str, Any]) -> str:
         "- The residual stream between blocks is always full precision.",
     ]
     for name, part, key, where in SITES:
-        bits = _site_bits(report, part, key)
+        bits = site_bits(report, part, key)
         if bits >= 8:
             lines.append(f"- {name}, {where}: {'full precision' if bits == 16 else f'{bits} bits'}.")
     lines += [f"- not compressed: `{skipped['name']}`: {skipped['reason']}." for skipped in coverage["skipped"]]

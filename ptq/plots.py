@@ -53,10 +53,10 @@ def draw_ranges(
     blocks: which decoder blocks; first, middle and last unless told. A site that a family lacks is left out.
     Raises BadInput: no or damaged ranges in `folder`, a block that is not there, nothing to draw, matplotlib missing.
     """
-    tensors = _read(Path(folder))
-    there = _sites_in(tensors)
+    tensors = read_ranges(Path(folder))
+    there = sites_in(tensors)
     known = sorted({block for block, _ in there})
-    blocks = sorted({known[0], known[len(known) // 2], known[-1]}) if blocks is None else blocks
+    blocks = first_middle_last(known) if blocks is None else blocks
     missing = sorted(set(blocks) - set(known))
     if missing:
         raise BadInput(f"{folder}: no ranges of block {missing[0]}; there are blocks {known[0]} to {known[-1]}")
@@ -69,12 +69,18 @@ def draw_ranges(
     files = []
     for block, site in wanted:
         files.append(Path(out_dir) / f"block-{block}-{site}.png")
-        ranges = _one_site(tensors, f"blocks.{block}.{site}", Path(folder) / FILE)
+        ranges = one_site(tensors, f"blocks.{block}.{site}", Path(folder) / FILE)
         _draw(ranges, f"block {block}, {site}: {WHERE.get(site, site)}", files[-1])
     return files
 
 
-def _read(folder: Path) -> dict[str, np.ndarray]:
+def first_middle_last(blocks: Sequence[int]) -> list[int]:
+    """Three of the sorted `blocks`, or as many as there are."""
+    return sorted({blocks[0], blocks[len(blocks) // 2], blocks[-1]})
+
+
+def read_ranges(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a folder's channel ranges by name. Raises BadInput: there are none, or they cannot be read."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -85,17 +91,19 @@ def _read(folder: Path) -> dict[str, np.ndarray]:
         tensors = load_file(path)
     except SafetensorError as err:
         raise BadInput(f"{path}: cannot be read: {err}; make the folder again") from err
-    if not _sites_in(tensors):
+    if not sites_in(tensors):
         raise BadInput(f"{path}: holds no channel ranges; make the folder again")
     return tensors
 
 
-def _sites_in(tensors: dict[str, np.ndarray]) -> set[tuple[int, str]]:
+def sites_in(tensors: dict[str, np.ndarray]) -> set[tuple[int, str]]:
+    """(block, site) of all that `read_ranges` read."""
     found = (re.fullmatch(r"blocks\.(\d+)\.(\w+)\.min", name) for name in tensors)
     return {(int(match[1]), match[2]) for match in found if match}
 
 
-def _one_site(tensors: dict[str, np.ndarray], key: str, path: Path) -> Ranges:
+def one_site(tensors: dict[str, np.ndarray], key: str, path: Path) -> Ranges:
+    """The site `key`, "blocks.<i>.<site>". Raises BadInput, naming `path`, for tensors that do not fit each other."""
     low, high, order, sizes = (tensors.get(f"{key}.{part}") for part in ("min", "max", "permutation", "sizes"))
     if high is None:
         raise BadInput(f"{path}: {key} has a min but no max; make the folder again")
@@ -172,10 +180,16 @@ def _clusters(axes: Any, low: np.ndarray, high: np.ndarray, sizes: np.ndarray) -
 
 def _scale(axes: Any, r: Ranges) -> str:
     """Scale the shared y axis; returns the note that its label needs."""
+    typical = linear_to(r)
+    if typical is None:
+        return ""
+    axes.set_yscale("symlog", linthresh=typical)
+    axes.yaxis.set_major_formatter("{x:g}")
+    return f"\n(linear to ±{typical:.2g}, then logarithmic)"
+
+
+def linear_to(r: Ranges) -> float | None:
+    """The typical channel's reach, where an axis turns logarithmic; None if it can be linear throughout."""
     reach = np.maximum(np.abs(r.low), np.abs(r.high))
     typical = float(np.median(reach))
-    if typical > 0 and reach.max() > LINEAR_UP_TO * typical:
-        axes.set_yscale("symlog", linthresh=typical)
-        axes.yaxis.set_major_formatter("{x:g}")
-        return f"\n(linear to ±{typical:.2g}, then logarithmic)"
-    return ""
+    return typical if typical > 0 and reach.max() > LINEAR_UP_TO * typical else None

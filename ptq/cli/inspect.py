@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.cli import options
+from ptq.errors import BadInput
 from ptq.hf import QUANT_METHOD
 
 COLUMNS = {
@@ -34,21 +35,44 @@ def add(verbs: Any) -> None:
     parser.set_defaults(main=main, parser=parser)
     parser.add_argument("folder", metavar="DIR", help="a model folder, compressed or full precision")
     parser.add_argument("--plots", metavar="DIR2", help="draw channel ranges, before and after, into this folder")
+    parser.add_argument("--html", metavar="FILE", help="write the whole report as one page that needs nothing else")
+    parser.add_argument("--eval", metavar="FILE", help="what `ptq eval --json FILE` wrote, for that page")
     options.add_json(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
     folder = options.model_folder(args.folder)
+    evaluation = _evaluation(args)
     found = contents(folder)
     if args.plots:
         from ptq.plots import draw_ranges
 
         found["plots"] = [str(path) for path in draw_ranges(folder, Path(args.plots))]
+    if args.html:
+        from ptq.html import write_page
+
+        write_page(folder, Path(args.html), _report(folder), evaluation)
+        found["html"] = args.html
     if args.json:
         options.write_json(args.json, found)
     if args.json != "-":
         print(_text(folder, found))
+
+
+def _evaluation(args: argparse.Namespace) -> dict[str, Any] | None:
+    if args.eval is None:
+        return None
+    if args.html is None:
+        raise BadInput("--eval goes onto the page of --html; name that too")
+    if not Path(args.eval).is_file():
+        raise BadInput(f"--eval {args.eval}: no such file")
+    return options.read_json(Path(args.eval))
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """report.json, empty where there is none."""
+    return options.read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -62,7 +86,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """
     config = options.read_json(folder / "config.json")
     quantization = config.get("quantization_config") or {}
-    report = options.read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+    report = _report(folder)
     modules = _modules(quantization, report.get("modules", []))
     pruned = [module for module in modules if _is_pruned(module)]
     if pruned:
@@ -110,7 +134,7 @@ def _text(folder: Path, found: dict[str, Any]) -> str:
     else:
         lines = [f"{head}, quantized by {found['quant_method']!r}, which `ptq inspect` does not read further"]
     lines += _measured(found)
-    lines += [f"wrote {path}" for path in found.get("plots", [])]
+    lines += [f"wrote {path}" for path in (*found.get("plots", []), found.get("html")) if path]
     return "\n".join(lines)
 
 
