@@ -46,7 +46,7 @@ def compress_head(
     if like.bias is not None:
         linear.bias = checkpoint.read([names[f"{name}.bias"]])[names[f"{name}.bias"]]
     linear.weight, W = W, W.float()
-    sizes = torch.tensor([len(part) for part in torch.arange(W.shape[1]).split(GROUP)])
+    sizes = sparsegpt.equal_groups(W.shape[1], GROUP)
     grid = sparsegpt.fit_grid(W, sizes, bits, importance=torch.ones(W.shape[1]))
     codes = sparsegpt.encode(W, grid)
     lost = sparsegpt.dequantize(codes, grid).sub_(W).square_().sum(dtype=torch.float64)

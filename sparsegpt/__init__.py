@@ -4,7 +4,7 @@ from sparsegpt.admm import admm, alps
 from sparsegpt.descend import descend
 from sparsegpt.errors import SolveError
 from sparsegpt.factor import Factor, activation_order, factor
-from sparsegpt.grid import WeightGrid, dequantize, encode, fit_grid
+from sparsegpt.grid import WeightGrid, dequantize, encode, equal_groups, fit_grid, group_index
 from sparsegpt.nearest import round_to_nearest
 from sparsegpt.pattern import Pattern, lowest
 from sparsegpt.prune import METHODS, prune
@@ -30,8 +30,10 @@ __all__ = [
     "dequantize",
     "descend",
     "encode",
+    "equal_groups",
     "factor",
     "fit_grid",
+    "group_index",
     "lowest",
     "prune",
     "refine",

@@ -55,6 +55,12 @@ def group_index(sizes: Tensor, channels: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
 
 
+def equal_groups(channels: int, size: int) -> Tensor:
+    """int64 [G]: groups of `size` columns, the last one what is left."""
+    whole, rest = divmod(channels, size)
+    return torch.tensor([size] * whole + [rest] * (rest > 0))
+
+
 def fit_grid(
     W: Tensor,
     sizes: Tensor,

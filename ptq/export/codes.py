@@ -91,7 +91,7 @@ def stored_codes(linear: Linear) -> tuple[Codes | None, str | None]:
     if linear.codec != "grid":
         return None, f"codec {linear.codec}: its groups lie along the rows"
     zero = unpack(linear.weight_zero, linear.bits, linear.groups)  # [R, G]
-    group = group_index(linear.weight_groups.long())
+    group = sparsegpt.group_index(linear.weight_groups.long(), linear.in_features)
     codes = Codes(_every_code(linear, zero[:, group]), linear.weight_scale, zero, group, linear.bits)
     weight = linear.dequantized_weight()
     if torch.equal(codes.weight(), weight):
@@ -104,10 +104,10 @@ def stored_codes(linear: Linear) -> tuple[Codes | None, str | None]:
 def rounded(weight: torch.Tensor, bits: int, size: int) -> Codes:
     """`weight` [R, C] rounded to the nearest code of a min-max grid a row and group of `size` channels, the last group what is left."""
     W, C = weight.float(), weight.shape[1]
-    sizes = torch.tensor([size] * (C // size) + [C % size] * (C % size > 0))
+    sizes = sparsegpt.equal_groups(C, size)
     grid = sparsegpt.fit_grid(W, sizes, bits)
     zero = grid.zero.to(torch.uint8)
-    return Codes(sparsegpt.encode(W, grid), grid.scale, zero, group_index(sizes), bits)
+    return Codes(sparsegpt.encode(W, grid), grid.scale, zero, sparsegpt.group_index(sizes, C), bits)
 
 
 def rounded_evenly(weight: torch.Tensor, bits: int, size: int) -> Codes:
@@ -119,11 +119,6 @@ def rounded_evenly(weight: torch.Tensor, bits: int, size: int) -> Codes:
     codes = (levels + middle).to(torch.uint8).flatten(1)  # [R, G, n] -> [R, C]
     zero = torch.full(scale.shape, middle, dtype=torch.uint8)
     return Codes(codes, scale, zero, torch.arange(weight.shape[1]) // size, bits)
-
-
-def group_index(sizes: torch.Tensor) -> torch.Tensor:
-    """Group of each channel: int64 [G] -> int64 [C]."""
-    return torch.repeat_interleave(torch.arange(sizes.numel()), sizes)
 
 
 def measured(
