@@ -77,14 +77,15 @@ def _competing(block: nn.Module, sites, recipe: Recipe, found: Statistics, order
     """`_widths` where the clusters of all sites below 8 bits compete for a share of 8-bit ones."""
     sizes = {site.name: _sizes(site, found, orders) for site in sites}
     narrow = {site.name: torch.full_like(sizes[site.name], _bits(site, recipe)) for site in sites}
-    energies = wide.branch_energies(block, sites, found.samples)
-    costs = {}
-    for site in sites:
-        if _bits(site, recipe) < wide.WIDE_BITS:
-            quantizer = _input_quantizer(block, site, recipe, found, sizes[site.name], narrow[site.name])
-            cost = wide.rounding_costs(block, site, found.samples[site.name], quantizer)
-            costs[site.name] = cost * energies[site.name]
-    return narrow | (wide.costliest(costs, narrow, share) if costs else {})
+    competing = [site for site in sites if _bits(site, recipe) < wide.WIDE_BITS]
+    if not competing:
+        return narrow
+    energies, costs = wide.branch_energies(block, sites, found.samples), {}
+    for site in competing:
+        quantizer = _input_quantizer(block, site, recipe, found, sizes[site.name], narrow[site.name])
+        cost = wide.rounding_costs(block, site, found.samples[site.name], quantizer)
+        costs[site.name] = cost * energies[site.name]
+    return narrow | wide.costliest(costs, narrow, share)
 
 
 def _attach_input(block: nn.Module, site: InputSite, recipe: Recipe, found, orders, widths: torch.Tensor) -> SiteFact:
