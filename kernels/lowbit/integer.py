@@ -1,7 +1,7 @@
 """Linears on integer kernels: codes of what enters them, and products with planar weights.
 
-Inputs without a grid, those of weight-only linears and of spared sinks, are written as sums of three int8 codes, each of what those
-before it left over, which is as fine as float32.
+Inputs without a grid, those of weight-only linears and of spared sinks, are written as sums of two int8 codes, the second of what the
+first left over: 16 bits, 2^-15 of a tile's largest number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from lowbit.cpu import native
 from lowbit.planar import TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
 from lowbit.planar_reference import repeat_tiles
 
-EXACT = 3  # int8 codes a number
-# Beyond, three codes a number cost more than to unpack the weight once and multiply in floating point.
+EXACT = 2  # int8 codes a number
+# Beyond, two codes a number cost more than to unpack the weight once and multiply in floating point.
 FEW_TOKENS = 16
 
 
@@ -112,9 +112,8 @@ def _unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
     a, step = exact_codes(x, EXACT)  # [N, T, Kp], [N, T, G]
     counts = step * a.unflatten(2, (-1, TILE)).sum(3, dtype=torch.int32)  # [N, T, G, 64] -> [N, T, G]
     a, step, _, counts = repeat_tiles((a, step, None, counts), x.shape[1], weight.repeats)
-    y = cpu.planar_linear(a.flatten(0, 1), step.flatten(0, 1), None, counts.flatten(0, 1), weight)  # [N T, R]
-    y = y.view(EXACT, len(x), weight.rows).sum(0)  # [N T, R] -> [N, T, R] -> [T, R]
-    return y if bias is None else y.add_(bias)
+    codes = a.flatten(0, 1), step.flatten(0, 1), None, counts.flatten(0, 1)  # [N, T, ...] -> [N T, ...]
+    return cpu.planar_linear(*codes, weight, bias, terms=EXACT)
 
 
 def exact_codes(x: Tensor, terms: int) -> tuple[Tensor, Tensor]:

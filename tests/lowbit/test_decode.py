@@ -232,21 +232,25 @@ def both(family, *, batch=3, steps=4, **settings):
     return expected, found, cache, other
 
 
-def check_states(found, expected):
+def check_states(found, expected, mode="static"):
     """Float32 sums in another order: 1e-5 of the largest number, where all codes are equal.
+
+    In mode "none" what enters the linears is rounded to 16 bits, two int8 codes a number: 2^-15 of a tile's largest each, a few times that
+    after all linears.
 
     About one number in a million lies so close to the middle between two codes that it is rounded to the other one, which moves its
     token's state by some 1e-3 of its size, and perhaps those of the sequence's later tokens. A few tokens may have met one.
     """
     gaps = (found - expected).abs().amax(-1) / expected.abs().max()  # [steps, B]
-    assert (gaps < 1e-5).float().mean() > 0.6 and gaps.max() < 0.1, gaps
+    assert (gaps < (2.0**-12 if mode == "none" else 1e-5)).float().mean() > 0.6 and gaps.max() < 0.1, gaps
 
 
-def check_caches(found, expected):
+def check_caches(found, expected, mode="static"):
+    near = 2.0**-12 if mode == "none" else 1e-5
     for a, b in zip(found.layers, expected.layers):
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
             assert (
-                x.shape == y.shape and torch.isclose(x.float(), y.float(), rtol=1e-5, atol=1e-5).float().mean() > 0.98
+                x.shape == y.shape and torch.isclose(x.float(), y.float(), rtol=near, atol=near).float().mean() > 0.98
             )
 
 
@@ -255,16 +259,16 @@ def check_caches(found, expected):
 @torch.no_grad()
 def test_a_step_computes_what_the_modules_compute(mode, kv):
     expected, found, cache, other = both("llama", kv_heads=1, mode=mode, kv=kv, sinks=1)
-    check_states(found, expected)
-    check_caches(other, cache)
+    check_states(found, expected, mode)
+    check_caches(other, cache, mode)
 
 
 @pytest.mark.parametrize("mode, kv", [("static", 16), ("tile", 8), ("token", 4), ("none", 3)])
 @torch.no_grad()
 def test_so_does_a_step_of_opt(mode, kv):
     expected, found, cache, other = both("opt", mode=mode, kv=kv, sinks=1)
-    check_states(found, expected)
-    check_caches(other, cache)
+    check_states(found, expected, mode)
+    check_caches(other, cache, mode)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (4, 1)])
@@ -283,8 +287,8 @@ def test_so_does_a_step_of_opt(mode, kv):
 @torch.no_grad()
 def test_heads_may_share_keys(heads, kv_heads, settings):
     expected, found, cache, other = both("llama", heads=heads, kv_heads=kv_heads, **settings)
-    check_states(found, expected)
-    check_caches(other, cache)
+    check_states(found, expected, settings.get("mode"))
+    check_caches(other, cache, settings.get("mode"))
 
 
 @pytest.mark.parametrize(
@@ -343,8 +347,8 @@ def test_the_portable_path_computes_the_same(case):
     fast, cache = native(**case, path="avx2")
     portable, other = native(**case, path="portable")
     assert not torch.equal(fast, portable)  # it sums in another order
-    check_states(portable, fast)
-    check_caches(other, cache)
+    check_states(portable, fast, case["settings"].get("mode"))
+    check_caches(other, cache, case["settings"].get("mode"))
 
 
 @torch.no_grad()

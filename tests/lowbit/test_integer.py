@@ -48,9 +48,10 @@ def gap(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-# The codes of activations are equal, and without a grid an activation is a sum of three int8 codes, at most 2^-22 of its tile's largest
-# number off: what differs is the order of float32 sums.
+# The codes of activations are equal: what differs is the order of float32 sums.
 CLOSE = 1e-5
+# Without a grid an activation is a sum of two int8 codes, at most 2^-15 of its tile's largest number off.
+CLOSE_TO_FULL = 2.0**-14
 
 
 @pytest.mark.parametrize("mode", ["none", "token", "tile", "static"])
@@ -60,13 +61,14 @@ def test_a_linear_computes_the_same(mode, bits):
     module, x = linear(bits, quantizer=quantizers()[mode]), inputs(2, 5)
     expected = module(x)
     assert integer.take([module])
-    found = module(x)
-    assert 0 < gap(found, expected) < CLOSE and found.shape == (2, 5, R)
+    found, near = module(x), CLOSE_TO_FULL if mode == "none" else CLOSE
+    assert 0 < gap(found, expected) < near and found.shape == (2, 5, R)
+    assert gap(module(x[1, 2]), expected[1, 2]) < near  # one token has kernels of its own
     assert torch.equal(module(x[:, :0]), expected[:, :0])
 
 
 @torch.no_grad()
-def test_many_tokens_of_a_weight_only_linear_are_not_worth_three_codes_each():
+def test_many_tokens_of_a_weight_only_linear_are_not_worth_two_codes_each():
     module, x = linear(), inputs(integer.FEW_TOKENS + 1)
     expected = module(x)
     assert integer.take([module])
@@ -95,7 +97,8 @@ def test_spared_rows_keep_full_precision():
     finally:
         announce(None)
     full = torch.nn.functional.linear(x, module.dequantized_weight(), module.bias)
-    assert gap(found, expected) < 1e-5 and gap(found[0, 0], full[0, 0]) < 1e-5 and gap(rounded[0, 0], full[0, 0]) > 1e-3
+    assert gap(found, expected) < CLOSE_TO_FULL and gap(found[0, 0], full[0, 0]) < CLOSE_TO_FULL
+    assert gap(rounded[0, 0], full[0, 0]) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["none", "tile", "static"])
@@ -108,7 +111,7 @@ def test_a_norm_hands_its_quantizer_over(mode):
     keys = [list(module.state_dict()) for module in (norm, *linears)]
     assert integer.take(linears, norm)
     for module, known in zip(linears, expected):
-        assert gap(module(norm(x)), known) < CLOSE
+        assert gap(module(norm(x)), known) < (CLOSE_TO_FULL if mode == "none" else CLOSE)
     assert [list(module.state_dict()) for module in (norm, *linears)] == keys
 
 

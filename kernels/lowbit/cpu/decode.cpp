@@ -1,8 +1,9 @@
 // One token a sequence through consecutive decoder blocks, in one parallel region without allocations.
 //
-// A block is nine phases, each of which begins when all of the one before is done: round what enters q, k and v; their rows; attention;
-// round; the output projection; round; the gate's and up's rows; round; down's rows. Tokens are rounded whole, rows go in blocks of
-// PLANAR_ROWS, attention by sequence and KV head: who does a part changes no sum, so that results do not depend on the number of threads.
+// A block is ten phases, each of which begins when all of the one before is done: round what enters q, k and v; their rows; attention's
+// scores; its values; round; the output projection; round; the gate's and up's rows; round; down's rows. Tokens are rounded whole, rows go
+// in blocks of PLANAR_ROWS, scores in DECODE_TOKENS and values in DECODE_CHANNELS of a sequence and KV head: who does a part changes no
+// sum, so that results do not depend on the number of threads.
 #include "decode.h"
 
 #include <atomic>
@@ -23,24 +24,24 @@ const DecodePath *select_path(int path) {
     return path == AVX2 ? nullptr : &portable_decode_path;
 }
 
-// A phase's items, which threads claim a few at a time. Whoever finds none left waits for those that others still have in hand, not for the
-// others themselves: a thread that the system took off its core holds up nothing but what it had claimed.
-struct Phase {
-    alignas(64) std::atomic<long> claimed;
-    alignas(64) std::atomic<long> done;
-
-    void wait(long items) const {
-        constexpr int SPINS = 2000;  // phases take microseconds; beyond, others may want the core
-        for (int spins = 0; done.load(std::memory_order_acquire) < items; ++spins) {
-            if (spins > SPINS) std::this_thread::yield();
-#ifdef LOWBIT_X86
-            else __builtin_ia32_pause();
-#endif
-        }
-    }
+// A phase's items are dealt out in runs, one for each thread, whose weights lie behind one another; who is done claims of others' runs, a few
+// items at a time. Whoever finds none left waits for those that others still have in hand, not for the others themselves: a thread that
+// the system took off its core holds up nothing but what it had claimed. A phase has a counter for each run's claims, and one of what is done.
+struct alignas(64) Counter {
+    std::atomic<long> n;
 };
 
-constexpr long PHASES = 9, CLAIMS = 4;  // phases of a block; claims that a thread should find in one
+void wait(const Counter &done, long items) {
+    constexpr int SPINS = 2000;  // phases take microseconds; beyond, others may want the core
+    for (int spins = 0; done.n.load(std::memory_order_acquire) < items; ++spins) {
+        if (spins > SPINS) std::this_thread::yield();
+#ifdef LOWBIT_X86
+        else __builtin_ia32_pause();
+#endif
+    }
+}
+
+constexpr long PHASES = 10, CLAIMS = 4;  // phases of a block; claims that a thread should find in its run
 
 // Hands out memory, or only counts it where there is none.
 struct Arena {
@@ -59,7 +60,7 @@ constexpr int LINEARS = 3;
 
 struct Own {  // one thread's
     float *x, *spare;                           // [widest] each
-    float *rows;                                // [2, terms B, PLANAR_ROWS]
+    float *rows;                                // [2, B, PLANAR_ROWS]
     float *query, *key, *value, *run, *scores;  // of DecodeHeads
 };
 
@@ -72,6 +73,7 @@ struct Shared {
     std::int32_t *excess[LINEARS];
     float *chosen_step[LINEARS], *chosen_shift[LINEARS], *chosen_count[LINEARS];
     float *q, *k, *v, *mixed, *inner;  // [B, their channels]
+    float *scores;                     // [B, heads, held + 1]
 };
 
 // The most that any block needs of anything.
@@ -120,6 +122,7 @@ Shared share(Arena &arena, const DecodeStep &step, const Extent &most) {
     s.v = arena.take<float>(step.B * narrow);
     s.mixed = arena.take<float>(step.B * wide);
     s.inner = arena.take<float>(step.B * most.inner);
+    s.scores = arena.take<float>(step.B * step.heads * (step.held + 1));
     return s;
 }
 
@@ -128,7 +131,7 @@ Own own(Arena &arena, const DecodeStep &step, const Extent &most) {
     Own mine;
     mine.x = arena.take<float>(most.channels);
     mine.spare = arena.take<float>(most.channels);
-    mine.rows = arena.take<float>(2 * most.terms * step.B * PLANAR_ROWS);
+    mine.rows = arena.take<float>(2 * step.B * PLANAR_ROWS);
     mine.query = arena.take<float>(repeats * D);
     mine.key = arena.take<float>(D);
     mine.value = arena.take<float>(D);
@@ -144,23 +147,27 @@ struct Worker {
     const DecodeStep &step;
     Shared shared;
     Own mine;
-    long team;
-    Phase *phase;  // the next one
+    long team, thread;
+    Counter *phase;  // the next one's
 };
 
 // use(i) for all items below `items`, by whichever thread; returns when all are done.
 template <class Use>
 void each(Worker &w, long items, Use use) {
-    Phase &phase = *w.phase++;
-    const long share = items / (CLAIMS * w.team), some = w.team == 1 ? items : share > 1 ? share : 1;
-    for (;;) {
-        const long from = phase.claimed.fetch_add(some, std::memory_order_relaxed);
-        if (from >= items) break;
-        const long to = from + some < items ? from + some : items;
-        for (long i = from; i < to; ++i) use(i);
-        phase.done.fetch_add(to - from, std::memory_order_acq_rel);
+    Counter *phase = w.phase, &done = phase[w.team];
+    w.phase += w.team + 1;
+    for (long i = 0; i < w.team; ++i) {
+        const long run = (w.thread + i) % w.team, start = items * run / w.team, end = items * (run + 1) / w.team;
+        const long share = (end - start) / CLAIMS, some = w.team == 1 ? end : share > 1 ? share : 1;
+        for (;;) {
+            const long from = start + phase[run].n.fetch_add(some, std::memory_order_relaxed);
+            if (from >= end) break;
+            const long to = from + some < end ? from + some : end;
+            for (long item = from; item < to; ++item) use(item);
+            done.n.fetch_add(to - from, std::memory_order_acq_rel);
+        }
     }
-    phase.wait(items);
+    wait(done, items);
 }
 
 // x as sums of EXACT_TERMS codes a number, each of what those before left over, as lowbit.integer.exact_codes. Term n lies n B rows on.
@@ -209,10 +216,10 @@ void choose_tiles(const Worker &w, const DecodeLinear &linear, int i, long tiles
 PlanarActivations activations_of(const Worker &w, const DecodeSite &site, int i) {
     const Shared &s = w.shared;
     const DecodeLinear &linear = site.linears[i];
-    const long G = 2 * linear.weight.units, T = (site.exact ? EXACT_TERMS : 1) * w.step.B;
+    const long G = 2 * linear.weight.units, terms = site.exact ? EXACT_TERMS : 1;
     const bool all = !linear.reads;
     const float *shift = all ? s.shift : s.chosen_shift[i];
-    return {T, G, all ? s.a : s.chosen_a[i], all ? s.step : s.chosen_step[i], site.shifted ? shift : nullptr,
+    return {terms * w.step.B, G, terms, all ? s.a : s.chosen_a[i], all ? s.step : s.chosen_step[i], site.shifted ? shift : nullptr,
             G, all ? s.count : s.chosen_count[i], s.packed[i], s.excess[i]};
 }
 
@@ -265,18 +272,12 @@ long rows_of(const Worker &w, const DecodeSite &site, int i, long block, float *
     const long row = block * PLANAR_ROWS, left = linear.weight.R - row, rows = left < PLANAR_ROWS ? left : PLANAR_ROWS;
     PlanarBlock part = planar_block(linear.weight, row);
     if (rows < PLANAR_ROWS) part.first = linear.tail_first, part.second = linear.tail_second, part.bias = linear.tail_bias;
-    const float *bias = part.bias;
-    if (site.exact) part.bias = nullptr;  // else each term would add it
     const PlanarActivations x = activations_of(w, site, i);
-    w.planar.rows(x, static_cast<int>(linear.weight.bits), part, rows, y, PLANAR_ROWS);
+    planar_tokens(w.planar, x, static_cast<int>(linear.weight.bits), part, rows, y, PLANAR_ROWS);
     const long B = w.step.B;
     for (long b = 0; b < B; ++b)
         for (long r = 0; r < rows; ++r) {
             float &sum = y[b * PLANAR_ROWS + r];
-            if (site.exact) {
-                for (long term = 1; term < EXACT_TERMS; ++term) sum += y[(term * B + b) * PLANAR_ROWS + r];
-                if (bias) sum += bias[r];
-            }
             sum = w.shared.broken[b] ? std::numeric_limits<float>::quiet_NaN() : on_grid(linear, row + r, sum);
         }
     return rows;
@@ -309,7 +310,7 @@ void widen(Worker &w, const DecodeBlock &block) {
     const DecodeSite &site = block.up;
     const bool gated = site.count == 2;
     const long B = w.step.B, F = site.linears[0].weight.R;
-    float *gate = w.mine.rows, *up = gate + (site.exact ? EXACT_TERMS : 1) * B * PLANAR_ROWS;
+    float *gate = w.mine.rows, *up = gate + B * PLANAR_ROWS;
     each(w, blocks_of(site.linears[0]), [&](long part) {
         const long rows = rows_of(w, site, 0, part, gate);
         if (gated) rows_of(w, site, 1, part, up);
@@ -319,15 +320,28 @@ void widen(Worker &w, const DecodeBlock &block) {
     });
 }
 
+// The heads of sequence task / kv_heads that share KV head task % kv_heads.
+DecodeHeads heads_of(Worker &w, const DecodeBlock &block, long task, float *scores) {
+    const DecodeStep &step = w.step;
+    const long D = step.width, H = step.kv_heads, wide = step.heads / H * D;  // [B, heads, D] = [B, H, repeats D]
+    return {&step, &block, task / H, task % H, w.mine.query, w.mine.key, w.mine.value, w.mine.run, scores, w.shared.mixed + task * wide};
+}
+
 void attend(Worker &w, const DecodeBlock &block) {
     const DecodeStep &step = w.step;
-    const long D = step.width, H = step.kv_heads, wide = step.heads / H * D;
-    each(w, step.B * H, [&](long task) {
-        std::memcpy(w.mine.query, w.shared.q + task * wide, wide * sizeof(float));  // [B, heads, D] = [B, H, repeats D]
+    const long D = step.width, H = step.kv_heads, S = step.held + 1, wide = step.heads / H * D, row = step.heads / H * S;
+    const long pieces = (S + DECODE_TOKENS - 1) / DECODE_TOKENS, parts = (D + DECODE_CHANNELS - 1) / DECODE_CHANNELS;
+    each(w, step.B * H * pieces, [&](long item) {
+        const long task = item / pieces, from = item % pieces * DECODE_TOKENS, to = from + DECODE_TOKENS;
+        std::memcpy(w.mine.query, w.shared.q + task * wide, wide * sizeof(float));
         std::memcpy(w.mine.key, w.shared.k + task * D, D * sizeof(float));
         std::memcpy(w.mine.value, w.shared.v + task * D, D * sizeof(float));
-        w.path.attend({&step, &block, task / H, task % H, w.mine.query, w.mine.key, w.mine.value, w.mine.run, w.mine.scores,
-                       w.shared.mixed + task * wide});
+        w.path.score(heads_of(w, block, task, w.shared.scores + task * row), from, to < S ? to : S);
+    });
+    each(w, step.B * H * parts, [&](long item) {
+        const long task = item / parts, channel = item % parts * DECODE_CHANNELS, left = D - channel;
+        std::memcpy(w.mine.scores, w.shared.scores + task * row, row * sizeof(float));
+        w.path.mix(heads_of(w, block, task, w.mine.scores), channel, left < DECODE_CHANNELS ? left : DECODE_CHANNELS);
     });
 }
 
@@ -349,7 +363,7 @@ void run_block(Worker &w, const DecodeBlock &block) {
 EXPORT long lowbit_decode_scratch(int threads, const DecodeStep *step) {
     Arena arena = {nullptr};
     const Extent most = extent_of(*step);
-    arena.take<Phase>(PHASES * step->blocks);
+    arena.take<Counter>(PHASES * step->blocks * (threads + 1));
     share(arena, *step, most);
     for (int i = 0; i < threads; ++i) own(arena, *step, most);
     return arena.used;
@@ -363,8 +377,9 @@ EXPORT int lowbit_decode(int path, int threads, const DecodeStep *step, char *sc
     if (!chosen) return 2;
     const Extent most = extent_of(*step);
     Arena arena = {scratch};
-    Phase *phases = arena.take<Phase>(PHASES * step->blocks);
-    for (long i = 0; i < PHASES * step->blocks; ++i) phases[i].claimed = phases[i].done = 0;
+    const long counters = PHASES * step->blocks * (threads + 1);
+    Counter *phases = arena.take<Counter>(counters);
+    for (long i = 0; i < counters; ++i) phases[i].n = 0;
     const Shared shared = share(arena, *step, most);
 #pragma omp parallel num_threads(threads) firstprivate(arena)
     {
@@ -375,7 +390,7 @@ EXPORT int lowbit_decode(int path, int threads, const DecodeStep *step, char *sc
 #endif
         Own mine = {};
         for (long i = 0; i <= thread; ++i) mine = own(arena, *step, most);
-        Worker worker = {*chosen, *planar, *step, shared, mine, team, phases};
+        Worker worker = {*chosen, *planar, *step, shared, mine, team, thread, phases};
         for (long i = 0; i < step->blocks; ++i) run_block(worker, step->block[i]);
     }
     return 0;

@@ -76,7 +76,8 @@ struct DecodeStep {
     float *hidden;                      // [B, C]
 };
 
-constexpr long EXACT_TERMS = 3, DECODE_RUN = 16;  // codes a number; cached tokens that are decoded at a time
+constexpr long EXACT_TERMS = 2, DECODE_RUN = 16;            // codes a number; cached tokens that are decoded at a time
+constexpr long DECODE_TOKENS = 64, DECODE_CHANNELS = 32;  // of a KV head: tokens scored, and channels mixed, as one item
 
 // The query heads of sequence b that share KV head `head`. query [heads / kv_heads, D], key, value [D] before rotation; they are used up.
 struct DecodeHeads {
@@ -85,7 +86,7 @@ struct DecodeHeads {
     long b, head;
     float *query, *key, *value;
     float *run;     // [DECODE_RUN, D]
-    float *scores;  // [heads / kv_heads, held + 1]
+    float *scores;  // [heads / kv_heads, held + 1]: `score` writes some of each row, `mix` uses all up
     float *y;       // [heads / kv_heads, D]
 };
 
@@ -96,8 +97,10 @@ struct DecodePath {
     void (*rotate)(const DecodeRotation &rotation, float *x, long C, float *spare);
     // y = activation(x) times `other`, which may be null.
     void (*activate)(long activation, const float *x, const float *other, long n, float *y);
-    // Appends key and value, and attends to all that is cached.
-    void (*attend)(const DecodeHeads &heads);
+    // Scores of tokens [from, to). Those who score this token append key and value before.
+    void (*score)(const DecodeHeads &heads, long from, long to);
+    // `width` channels of what is attended to, from `channel` on, when all is scored.
+    void (*mix)(const DecodeHeads &heads, long channel, long width);
 };
 
 extern const DecodePath portable_decode_path;

@@ -11,16 +11,17 @@ namespace {
 
 // Eight codes from BITS bytes, as numbers. May read four bytes where BITS is less.
 template <int BITS>
-inline void codes8(const std::uint8_t *p, float *x) {
+inline void codes8(const std::uint8_t *p, vec (&x)[1]) {
     if (BITS == 8) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
-        return store(x, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+        x[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+        return;
     }
     int word;
     std::memcpy(&word, p, sizeof word);
     const __m256i shifts = _mm256_setr_epi32(0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS);
     const __m256i codes = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shifts), _mm256_set1_epi32((1 << BITS) - 1));
-    store(x, _mm256_cvtepi32_ps(codes));
+    x[0] = _mm256_cvtepi32_ps(codes);
 }
 
 void add_across(const vec *v, float *sums) {
@@ -32,7 +33,7 @@ void add_across(const vec *v, float *sums) {
 
 #include "decode_math.h"
 
-const DecodePath avx2_decode_path = {norm, rotate, activate, attend};
+const DecodePath avx2_decode_path = {norm, rotate, activate, score, mix};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -141,22 +141,26 @@ void encode(long bits, const float *x, const float *scale, const float *zero, lo
     }
 }
 
+// x [rows, n] from as many channels of rows that are `bytes` apart.
 template <int BITS>
-void decode_rows(const std::uint8_t *codes, const float *scale, const float *zero, long rows, long D, float *x) {
-    for (long r = 0; r < rows; ++r, codes += D * BITS / 8, x += D)
-        for (long i = 0; i < D; i += 8) {
-            float eight[8];
+void decode_rows(const std::uint8_t *codes, long bytes, const float *scale, const float *zero, long rows, long n, float *x) {
+    for (long r = 0; r < rows; ++r, codes += bytes, x += n)
+        for (long i = 0; i < n; i += 8) {
+            vec eight[8 / WIDTH];
             codes8<BITS>(codes + i / 8 * BITS, eight);
-            for (long j = 0; j < 8; j += WIDTH) store(x + i + j, (load(eight + j) - load(zero + i + j)) * load(scale + i + j));
+            for (long j = 0; j < 8 / WIDTH; ++j) {
+                const long at = i + j * WIDTH;
+                store(x + at, (eight[j] - load(zero + at)) * load(scale + at));
+            }
         }
 }
 
-void decode(long bits, const std::uint8_t *codes, const float *scale, const float *zero, long rows, long D, float *x) {
+void decode(long bits, const std::uint8_t *codes, long bytes, const float *scale, const float *zero, long rows, long n, float *x) {
     switch (bits) {
-        case 2: return decode_rows<2>(codes, scale, zero, rows, D, x);
-        case 3: return decode_rows<3>(codes, scale, zero, rows, D, x);
-        case 4: return decode_rows<4>(codes, scale, zero, rows, D, x);
-        default: return decode_rows<8>(codes, scale, zero, rows, D, x);
+        case 2: return decode_rows<2>(codes, bytes, scale, zero, rows, n, x);
+        case 3: return decode_rows<3>(codes, bytes, scale, zero, rows, n, x);
+        case 4: return decode_rows<4>(codes, bytes, scale, zero, rows, n, x);
+        default: return decode_rows<8>(codes, bytes, scale, zero, rows, n, x);
     }
 }
 
@@ -188,44 +192,52 @@ void append(const DecodeHeads &h) {
     }
 }
 
-// Puts what rows hold in full precision over the run's tokens [from, from + n).
-void restore(const DecodeHeads &h, const float *spared, long from, long n) {
+// Puts what rows hold in full precision over the run's tokens [from, from + n), `width` channels from `channel` on.
+void restore(const DecodeHeads &h, const float *spared, long from, long n, long channel, long width) {
     const DecodeCache &cache = h.block->cache;
     const long D = h.step->width;
     for (long i = 0; i < cache.spared; ++i) {
         const long at = cache.spared_at[i] - from;
         if (at < 0 || at >= n || !cache.spared_rows[h.b * cache.spared + i]) continue;
-        const float *kept = spared + ((h.b * h.step->kv_heads + h.head) * cache.spared + i) * D;
-        std::memcpy(h.run + at * D, kept, D * sizeof(float));
+        const float *kept = spared + ((h.b * h.step->kv_heads + h.head) * cache.spared + i) * D + channel;
+        std::memcpy(h.run + at * width, kept, width * sizeof(float));
     }
 }
 
-// Tokens [from, from + n), n <= DECODE_RUN, keys rotated: [n, D].
-const float *keys_of(const DecodeHeads &h, long from, long n) {
+// Some tokens of a cache: row j begins at start + j * stride.
+struct Rows {
+    const float *start;
+    long stride;
+};
+
+// Tokens [from, from + n), n <= DECODE_RUN, keys rotated.
+Rows keys_of(const DecodeHeads &h, long from, long n) {
     const DecodeStep &step = *h.step;
     const DecodeCache &cache = h.block->cache;
     const Column column = column_of(h, cache.keys);
     const std::uint8_t *start = column.start + from * column.bytes;
-    if (cache.bits == 16) return reinterpret_cast<const float *>(start);
     const long D = step.width, half = step.half;
-    decode(cache.bits, start, cache.key_scale + h.head * D, cache.key_zero + h.head * D, n, D, h.run);
+    if (cache.bits == 16) return {reinterpret_cast<const float *>(start), D};
+    decode(cache.bits, start, column.bytes, cache.key_scale + h.head * D, cache.key_zero + h.head * D, n, D, h.run);
     for (long i = 0; half && i < n; ++i) {
         const long row = h.b * step.turns_stride + (from + i) * half;
         turn(step.all_cos + row, step.all_sin + row, half, h.run + i * D);
     }
-    restore(h, cache.spared_keys, from, n);
-    return h.run;
+    restore(h, cache.spared_keys, from, n, 0, D);
+    return {h.run, D};
 }
 
-const float *values_of(const DecodeHeads &h, long from, long n) {
+// `width` channels of them, from `channel` on, both multiples of 8.
+Rows values_of(const DecodeHeads &h, long from, long n, long channel, long width) {
     const DecodeCache &cache = h.block->cache;
     const Column column = column_of(h, cache.values);
     const std::uint8_t *start = column.start + from * column.bytes;
-    if (cache.bits == 16) return reinterpret_cast<const float *>(start);
-    const long D = h.step->width;
-    decode(cache.bits, start, cache.value_scale + h.head * D, cache.value_zero + h.head * D, n, D, h.run);
-    restore(h, cache.spared_values, from, n);
-    return h.run;
+    const long D = h.step->width, grid = h.head * D + channel;
+    if (cache.bits == 16) return {reinterpret_cast<const float *>(start) + channel, D};
+    start += channel / 8 * cache.bits;
+    decode(cache.bits, start, column.bytes, cache.value_scale + grid, cache.value_zero + grid, n, width, h.run);
+    restore(h, cache.spared_values, from, n, channel, width);
+    return {h.run, width};
 }
 
 // scores[j] = query . rows[j] for 4 N rows.
@@ -249,13 +261,13 @@ void all_dots(const float *query, const float *rows, long n, long D, float *scor
     }
 }
 
-// y [D] += sum_j p[j] rows[j], N vectors of it.
+// y += sum_j p[j] rows[j], N vectors of it.
 template <int N>
-void add_rows(const float *p, const float *rows, long n, long D, float *y) {
+void add_rows(const float *p, const float *rows, long stride, long n, float *y) {
     vec sum[N];
     for (int k = 0; k < N; ++k) sum[k] = load(y + k * WIDTH);
     for (long j = 0; j < n; ++j)
-        for (int k = 0; k < N; ++k) sum[k] = fmadd(broadcast(p[j]), load(rows + j * D + k * WIDTH), sum[k]);
+        for (int k = 0; k < N; ++k) sum[k] = fmadd(broadcast(p[j]), load(rows + j * stride + k * WIDTH), sum[k]);
     for (int k = 0; k < N; ++k) store(y + k * WIDTH, sum[k]);
 }
 
@@ -278,32 +290,39 @@ void softmax(const float *mask, long levels, long n, float *scores) {
         for (long i = 0; i < n; ++i) scores[i] = std::rint(scores[i] * top) / top;
 }
 
-void attend(const DecodeHeads &h) {
+void score(const DecodeHeads &h, long from, long to) {
     const DecodeStep &step = *h.step;
     const long D = step.width, S = step.held + 1, repeats = step.heads / step.kv_heads;
     const float scaling = static_cast<float>(h.block->scaling);
-    append(h);
+    if (to == S) append(h);
     for (long r = 0; r < repeats; ++r) {
         for (long i = 0; i < D; ++i) h.query[r * D + i] *= scaling;
         turn(step.cos + h.b * step.turn_stride, step.sin + h.b * step.turn_stride, step.half, h.query + r * D);
     }
-    for (long from = 0; from < S; from += DECODE_RUN) {
-        const long n = S - from < DECODE_RUN ? S - from : DECODE_RUN;
-        const float *keys = keys_of(h, from, n);
-        for (long r = 0; r < repeats; ++r) all_dots(h.query + r * D, keys, n, D, h.scores + r * S + from);
+    for (; from < to; from += DECODE_RUN) {
+        const long n = to - from < DECODE_RUN ? to - from : DECODE_RUN;
+        const Rows keys = keys_of(h, from, n);
+        for (long r = 0; r < repeats; ++r) all_dots(h.query + r * D, keys.start, n, D, h.scores + r * S + from);
     }
+}
+
+void mix(const DecodeHeads &h, long channel, long width) {
+    const DecodeStep &step = *h.step;
+    const long D = step.width, S = step.held + 1, repeats = step.heads / step.kv_heads;
     const float *mask = step.mask ? step.mask + h.b * step.mask_stride : nullptr;
-    for (long r = 0; r < repeats; ++r) softmax(mask, h.block->softmax_levels, S, h.scores + r * S);
-    std::memset(h.y, 0, repeats * D * sizeof(float));
+    for (long r = 0; r < repeats; ++r) {
+        softmax(mask, h.block->softmax_levels, S, h.scores + r * S);
+        std::memset(h.y + r * D + channel, 0, width * sizeof(float));
+    }
     for (long from = 0; from < S; from += DECODE_RUN) {
         const long n = S - from < DECODE_RUN ? S - from : DECODE_RUN;
-        const float *values = values_of(h, from, n);
+        const Rows values = values_of(h, from, n, channel, width);
         for (long r = 0; r < repeats; ++r) {
             const float *p = h.scores + r * S + from;
+            float *y = h.y + r * D + channel;
             long i = 0;
-            for (; i + 8 * WIDTH <= D; i += 8 * WIDTH) add_rows<8>(p, values + i, n, D, h.y + r * D + i);
-            for (; i + 4 * WIDTH <= D; i += 4 * WIDTH) add_rows<4>(p, values + i, n, D, h.y + r * D + i);
-            for (; i < D; i += WIDTH) add_rows<1>(p, values + i, n, D, h.y + r * D + i);
+            for (; i + 4 * WIDTH <= width; i += 4 * WIDTH) add_rows<4>(p, values.start + i, values.stride, n, y + i);
+            for (; i < width; i += WIDTH) add_rows<1>(p, values.start + i, values.stride, n, y + i);
         }
     }
 }

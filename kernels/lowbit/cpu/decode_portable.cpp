@@ -6,10 +6,12 @@ namespace {
 
 // Eight codes from BITS bytes, as numbers.
 template <int BITS>
-inline void codes8(const std::uint8_t *p, float *x) {
+inline void codes8(const std::uint8_t *p, vec (&x)[2]) {
     std::uint64_t bytes = 0;
     for (int i = 0; i < BITS; ++i) bytes |= static_cast<std::uint64_t>(p[i]) << 8 * i;
-    for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(bytes >> i * BITS & ((1 << BITS) - 1));
+    float eight[8];
+    for (int i = 0; i < 8; ++i) eight[i] = static_cast<float>(bytes >> i * BITS & ((1 << BITS) - 1));
+    x[0] = load(eight), x[1] = load(eight + 4);
 }
 
 void add_across(const vec *v, float *sums) {
@@ -20,4 +22,4 @@ void add_across(const vec *v, float *sums) {
 
 #include "decode_math.h"
 
-const DecodePath portable_decode_path = {norm, rotate, activate, attend};
+const DecodePath portable_decode_path = {norm, rotate, activate, score, mix};

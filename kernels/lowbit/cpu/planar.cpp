@@ -129,6 +129,13 @@ std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
+void planar_tokens(const PlanarPath &path, const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R) {
+    for (long from = 0; from < x.T; from += PLANAR_TOKENS) {
+        const long to = from + PLANAR_TOKENS < x.T ? from + PLANAR_TOKENS : x.T;
+        path.rows(x, bits, w, rows, from, to, y, R);
+    }
+}
+
 PlanarBlock planar_block(const PlanarWeight &w, long row) {
     const long table = 2 * w.units * PLANAR_ROWS, next = w.kinds * table;
     const float *scale = w.tables + row / PLANAR_ROWS * next, *total = scale + next - table;
@@ -161,12 +168,16 @@ void *pad_tail(const PlanarWeight &w, PlanarBlock &tail) {
 void spread_rows(const PlanarPath &path, int threads, const PlanarActivations &x, const PlanarWeight &w, const PlanarBlock &tail,
                  float *y) {
     const long blocks = (w.R + PLANAR_ROWS - 1) / PLANAR_ROWS, parts = blocks < threads ? blocks : threads;
+    // All rows for some tokens before the next ones: their codes stay in the cache.
 #pragma omp parallel for num_threads(parts) schedule(static)
     for (long part = 0; part < parts; ++part)
-        for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
-            const long row = block * PLANAR_ROWS, left = w.R - row;
-            if (left >= PLANAR_ROWS) path.rows(x, w.bits, planar_block(w, row), PLANAR_ROWS, y + row, w.R);
-            else path.rows(x, w.bits, tail, left, y + row, w.R);
+        for (long from = 0; from < x.T; from += PLANAR_TOKENS) {
+            const long to = from + PLANAR_TOKENS < x.T ? from + PLANAR_TOKENS : x.T;
+            for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+                const long row = block * PLANAR_ROWS, left = w.R - row;
+                const bool whole = left >= PLANAR_ROWS;
+                path.rows(x, w.bits, whole ? planar_block(w, row) : tail, whole ? PLANAR_ROWS : left, from, to, y + row, w.R);
+            }
         }
 }
 
@@ -176,7 +187,7 @@ void spread_nan(const PlanarActivations &x, long R, float *y) {
         bool nan = false;
         for (long g = 0; g < x.tiles; ++g) nan |= x.count[t * x.tiles + g] != x.count[t * x.tiles + g];
         if (nan)
-            for (long r = 0; r < R; ++r) y[t * R + r] = std::numeric_limits<float>::quiet_NaN();
+            for (long r = 0; r < R; ++r) y[t % (x.T / x.terms) * R + r] = std::numeric_limits<float>::quiet_NaN();
     }
 }
 
@@ -206,8 +217,8 @@ EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long ti
     return 0;
 }
 
-// y [T, R]. Returns 0; 1 where memory ran out; 2 where this machine lacks the path. Absent arrays are null.
-EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long tiles, long R, long kinds, long grid_stride,
+// y [T / terms, R]. Returns 0; 1 where memory ran out; 2 where this machine lacks the path. Absent arrays are null.
+EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long terms, long tiles, long R, long kinds, long grid_stride,
                                 const std::int8_t *a, const float *step, const float *shift, const float *count,
                                 const std::uint8_t *first, const std::uint8_t *second, const float *tables, const float *bias, float *y) {
     const PlanarPath *chosen = planar_path(path);
@@ -220,7 +231,7 @@ EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long t
     const bool ready = scratch && padded;
     if (ready) {
         std::int32_t *excess = reinterpret_cast<std::int32_t *>(scratch + entries);
-        const PlanarActivations x = {T, tiles, a, step, shift, grid_stride, count, scratch, excess};
+        const PlanarActivations x = {T, tiles, terms, a, step, shift, grid_stride, count, scratch, excess};
         const long parts = T < threads ? T : threads;
 #pragma omp parallel for num_threads(parts) schedule(static)
         for (long part = 0; part < parts; ++part) chosen->pack(x, bits, T * part / parts, T * (part + 1) / parts);

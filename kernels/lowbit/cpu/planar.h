@@ -4,16 +4,18 @@
 
 #include "cpu.h"
 
-// Channels that share a scale, channels that share bytes, rows that a kernel is handed at a time.
-constexpr long PLANAR_TILE = 64, PLANAR_UNIT = 128, PLANAR_ROWS = 16;
+// Channels that share a scale, channels that share bytes; rows, and the most tokens, that a kernel is handed at a time.
+constexpr long PLANAR_TILE = 64, PLANAR_UNIT = 128, PLANAR_ROWS = 16, PLANAR_TOKENS = 64;
 
 // Bytes of a unit's first and second plane.
 constexpr long first_bytes(int bits) { return bits == 8 ? 128 : bits == 4 ? 64 : 32; }
 constexpr long second_bytes(int bits) { return bits == 3 ? 16 : 0; }
 
 // Tokens' grids are `grid_stride` apart, 0 where all share one. `packed` and `excess` are the path's own, made by its `pack`.
+// Where a number is the sum of several codes, all tokens' first codes come before all tokens' second ones; T counts all of them. A step
+// of a second code is 1/254 of the first's.
 struct PlanarActivations {
-    long T, tiles;
+    long T, tiles, terms;
     const std::int8_t *a;      // [T, 64 tiles]
     const float *step, *shift;  // shift may be null
     long grid_stride;
@@ -33,8 +35,9 @@ struct PlanarBlock {
 struct PlanarPath {
     // Fills packed and excess of tokens [from, to).
     void (*pack)(const PlanarActivations &x, int bits, long from, long to);
-    // y[t * R + r] for all tokens and `rows` rows; a block of fewer than PLANAR_ROWS is padded.
-    void (*rows)(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R);
+    // What tokens [from, to) of all T add to y[t * R + r], which the first terms set, for `rows` rows; a block of fewer than PLANAR_ROWS is
+    // padded. All terms of a token that is alone are handed over at once.
+    void (*rows)(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, long from, long to, float *y, long R);
     // The least and the largest of n floats and 0; true where one is no number.
     bool (*extremes)(const float *x, long n, float *low, float *high);
     // a[i] = clamp(round(x[i] / scale) + zero, 0, top) - offset for a tile of n <= 64 channels, 0 beyond; true where x has NaN, 0 there.
@@ -66,6 +69,9 @@ const PlanarPath *planar_path(int path);
 // One token: a [64 tiles], step, shift and count [tiles]. `step` is null where all tokens share theirs, `shift` where none is needed.
 void planar_quantize_token(const PlanarPath &path, const PlanarClusters &clusters, long tiles, const float *x, std::int8_t *a, float *step,
                            float *shift, float *count);
+
+// y[t * R + r] for all tokens and the rows of a block.
+void planar_tokens(const PlanarPath &path, const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R);
 
 // The rows from `row`, a multiple of PLANAR_ROWS; the last rows where they do not fill a block must be padded by whoever asks.
 PlanarBlock planar_block(const PlanarWeight &w, long row);

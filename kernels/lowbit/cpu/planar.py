@@ -55,14 +55,26 @@ def planar_linear(
     weight: PlanarWeight,
     bias: Tensor | None = None,
     *,
+    terms: int = 1,
     path: str = "fastest",
 ) -> Tensor:
     """`lowbit.planar_reference.planar_linear` of CPU tensors in float32 sums, on torch.get_num_threads() threads.
 
-    A token's result depends on neither the other tokens nor the number of threads. path: as for the sweep. Raises ValueError for
-    tensors of other shapes or dtypes than the reference takes or not contiguous, or a path that this machine lacks; MemoryError.
+    Args:
+        terms: 2 where a number is the sum of two codes, the first tokens [0, T) of the 2 T that are given, the second tokens [T, 2 T), whose
+            steps are 1/254 of the first's. Then the sum of both products is returned, [T, R].
+        path: as for the sweep.
+
+    A token's result depends on neither the other tokens nor the number of threads; with two terms, tokens that are alone may differ in
+    the last place.
+
+    Raises:
+        ValueError: tensors of other shapes or dtypes than the reference takes, or not contiguous, or a path that this machine lacks.
+        MemoryError: no scratch memory.
     """
     T, G, R = a.shape[0] if a.dim() else 0, weight.tiles, weight.rows
+    if terms not in (1, 2) or T % terms:
+        raise ValueError(f"{terms} terms of {T} rows; give 1, or 2 of an even number of rows")
     _check("a", a, torch.int8, (T, G * TILE))
     shared = T != 1 and step.shape[:1] == (1,)
     _check("step", step, FLOAT, (1 if shared else T, G))
@@ -72,13 +84,13 @@ def planar_linear(
         _check("shift", shift, FLOAT, (step.shape[0], G))
     if bias is not None:
         _check("bias", bias, FLOAT, (R,))
-    y = torch.empty(T, R)
+    y = torch.empty(T // terms, R)
     if y.numel() == 0:
         return y
     first, second = (*weight.planes, None)[:2]
     activations = a, step, shift, count
     weights = first, second, weight.tables, bias
-    sizes = weight.bits, T, G, R, weight.tables.shape[1], 0 if shared else G
+    sizes = weight.bits, T, terms, G, R, weight.tables.shape[1], 0 if shared else G
     status = _call("lowbit_planar_linear", path, sizes, (*activations, *weights, y))
     native.check(status, f"lowbit's planar linear found no memory for {T} tokens of {G * TILE} channels", path)
     return y

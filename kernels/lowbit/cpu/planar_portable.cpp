@@ -28,17 +28,19 @@ float add_tile(const PlanarActivations &x, const PlanarBlock &w, long t, long g,
     return y;
 }
 
-void planar_rows(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R) {
-    const long units = x.tiles / 2;
+void planar_rows(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, long from, long to, float *y, long R) {
+    const long units = x.tiles / 2, tokens = x.T / x.terms;
     for (long r = 0; r < rows; ++r) {
-        for (long t = 0; t < x.T; ++t) y[t * R + r] = w.bias ? w.bias[r] : 0.0f;
+        for (long t = from; t < to && t < tokens; ++t) y[t * R + r] = w.bias ? w.bias[r] : 0.0f;
         for (long u = 0; u < units; ++u) {
             std::int8_t v[PLANAR_UNIT];
             const std::uint8_t *second = w.second ? w.second + (r * units + u) * second_bytes(bits) : nullptr;
             spread_unit(bits, w.first + (r * units + u) * first_bytes(bits), second, v);
-            for (long t = 0; t < x.T; ++t)
-                for (long g = 0; g < 2; ++g)
-                    y[t * R + r] = add_tile(x, w, t, 2 * u + g, r, v + g * PLANAR_TILE, y[t * R + r]);
+            for (long t = from; t < to; ++t)
+                for (long g = 0; g < 2; ++g) {
+                    float &sum = y[t % tokens * R + r];
+                    sum = add_tile(x, w, t, 2 * u + g, r, v + g * PLANAR_TILE, sum);
+                }
         }
     }
 }
