@@ -61,7 +61,7 @@ def planar_linear(
     """`lowbit.planar_reference.planar_linear` of CPU tensors in float32 sums, on torch.get_num_threads() threads.
 
     Args:
-        terms: 2 where a number is the sum of two codes, the first tokens [0, T) of the 2 T that are given, the second tokens [T, 2 T), whose
+        terms: 2 where a number is the sum of two codes: the first are rows [0, T) of 2 T, the second rows [T, 2 T), whose
             steps are 1/254 of the first's. Then the sum of both products is returned, [T, R].
         path: as for the sweep.
 
