@@ -1,24 +1,32 @@
 """Post-training compression of language models. `import ptq` makes transformers load compressed checkpoints.
 
 import ptq
-model = ptq.load("my-model-W4A8")
+result = ptq.quantize("facebook/opt-125m", "opt-125m-w4a8", preset="W4A8")  # and ptq.prune
+found = ptq.evaluate(result.folder, text="wikitext2")
+model, tokenizer = ptq.load(result.folder), ptq.load_tokenizer(result.folder)
+print(result.effective_bits, found["perplexity"])
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ptq.hf import register
 
+if TYPE_CHECKING:
+    from ptq.checkpoint import load, load_tokenizer
+    from ptq.library import Evaluation, Result, evaluate, prune, quantize
+
 __version__ = "0.1.0"
-__all__ = ["load", "load_tokenizer"]
+__all__ = ["Evaluation", "Result", "evaluate", "load", "load_tokenizer", "prune", "quantize"]
 
 register()
 
 
 def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import, so only what is used is
     if name in __all__:
-        from ptq import checkpoint
-
-        return getattr(checkpoint, name)
+        home = "ptq.checkpoint" if name.startswith("load") else "ptq.library"
+        return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module 'ptq' has no attribute {name!r}")

@@ -114,8 +114,8 @@ def _measure_site(block: nn.Module, site: InputSite, H: torch.Tensor, recipe: Re
     errors = torch.zeros(len(levels(p.sparsity)), dtype=torch.float64)
     for n, level in distributed.mine(list(enumerate(levels(p.sparsity)))):
         pattern = sparsegpt.Pattern(sparsity=level, scope=p.scope, block=p.block)
-        kernels = {"sweep": lowbit.sweep, "lowest": lowbit.lowest}
-        errors[n] = sparsegpt.solve(W, factor, pattern=pattern, parts=parts, **kernels).relative_error
+        found = sparsegpt.solve(W, factor, pattern=pattern, parts=parts, sweep=lowbit.sweep, lowest=lowbit.lowest)
+        errors[n] = found.relative_error
     return Measured(i, W.numel(), 0.0, tuple(distributed.total(errors).tolist()))
 
 

@@ -208,6 +208,6 @@ def norm_paths(spec: Spec) -> tuple[str, ...]:
 
 def run_block(block: nn.Module, states: torch.Tensor, call: Call, *, sinks: int = 0) -> torch.Tensor:
     """Hidden state [B, T, C] of whole windows through the block; the first `sinks` tokens of each are announced (`lowbit.sinks`)."""
-    announce(leading(*states.shape[:2], sinks, states.device))
+    announce(leading(states.shape[0], states.shape[1], sinks, states.device))
     out = block(states, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out

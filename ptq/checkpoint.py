@@ -164,6 +164,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     """A causal language model ready to run, from a compressed folder, a full-precision folder or a hub id.
 
     Args:
+        folder: a path, or a hub id. device: where the model is to run.
         dtype: of activations and unpacked weights; default float32 on the CPU, else the checkpoint's.
 
     Raises:
@@ -215,7 +216,7 @@ def check_format(path: Path, config: Any) -> None:
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer.
+    """The tokenizer of a folder or hub id. trust_remote_code: run code that ships with it.
 
     Raises:
         BadInput: no usable tokenizer files.

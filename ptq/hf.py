@@ -78,7 +78,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             execute(module)
             AFTER[name]()
 
-        spec.loader.exec_module = exec_module
+        # of this one loader, which importlib made for this import
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

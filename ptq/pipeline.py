@@ -73,7 +73,7 @@ def compress(
         if distributed.rank() == 0:
             writer.write_block(i, done.block, done.ranges, done.orders)
         states = done.states
-        record = {
+        record: dict[str, Any] = {
             "modules": weights.as_rows(done.modules),
             "sites": [{"block": i, **vars(site)} for site in done.sites],
             "specs": writer.module_specs(i, done.block),

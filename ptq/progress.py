@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TextIO
 
 NAME_WIDTH = 44
@@ -53,7 +53,7 @@ class Progress:
         self, items: Iterable[Any], *, label: str = "block", total: int | None = None, start: int = 0
     ) -> Iterator[Any]:
         """Yield `items`, saying how far it got. `start` of `total` were done before (a resumed run)."""
-        total = start + len(items) if total is None and hasattr(items, "__len__") else total
+        total = start + len(items) if total is None and isinstance(items, Sized) else total
         if self.quiet:
             yield from items
         elif self.stream.isatty() and self.bar is None:

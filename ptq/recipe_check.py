@@ -100,9 +100,9 @@ def check(recipe: Recipe) -> Recipe:
         if not isinstance(value, bool):
             raise BadInput(f"{where}: {value!r} is neither true nor false")
     texts = {"model": recipe.model, "calibration.text": cal.text, "revision": recipe.revision or ""}
-    for where, value in texts.items():
-        if not isinstance(value, str):
-            raise BadInput(f"{where}: {value!r} is not text; put it in quotes")
+    for where, text in texts.items():
+        if not isinstance(text, str):
+            raise BadInput(f"{where}: {text!r} is not text; put it in quotes")
     return recipe
 
 

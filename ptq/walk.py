@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lowbit.modules import Linear
@@ -28,6 +28,8 @@ from ptq.source import Checkpoint, not_finite
 
 # Bytes of stopped forwards that a true-sequential run may hold; with more calibration tokens it runs up to each site anew.
 PAUSED_BYTES = 4 << 30
+
+Sum = TypeVar("Sum", Gram, Drift)
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ def _measured(run: Run, forwards: Forwards, prefix: str, *, ranges: bool, hessia
             until_last_input(forward)
 
     every = every_of(calibration.nsamples * calibration.seqlen) if ranges and wants_sample(run.recipe) else None
-    where = {"where": prefix, "sinks": a.sinks, "every": every}
-    return collect(forwards.block, run.spec, run.geometry, passes, ranges=ranges, hessians=hessians, **where)
+    how = {"ranges": ranges, "hessians": hessians}
+    return collect(forwards.block, run.spec, run.geometry, passes, **how, where=prefix, sinks=a.sinks, every=every)
 
 
 def _fold(run: Run, forwards: Forwards, found: Statistics, prefix: str) -> tuple[reorder.Orders, Statistics]:
@@ -215,7 +217,7 @@ def _solve_in_order(
     return facts, [x for out in outputs for x in out]
 
 
-def sum_of(kind: type[Gram] | type[Drift], block: nn.Module, site: InputSite, sums: dict[str, Any]) -> Gram | Drift:
+def sum_of(kind: type[Sum], block: nn.Module, site: InputSite, sums: dict[str, Sum]) -> Sum:
     """The site's own in `sums`, begun where it has none."""
     if site.name not in sums:
         weight = block.get_submodule(site.entry).weight  # [R, C]

@@ -137,7 +137,7 @@ def group_sizes(C: int, site: InputSite, recipe: Recipe, orders: Orders) -> torc
     clusters = whole if order is None else order.sizes.cpu()
     if groups == "cluster":
         return clusters
-    return _cut(clusters, (recipe.clusters.tile or max(16, C // 128)) if groups == "auto" else groups)
+    return _cut(clusters, groups if isinstance(groups, int) else recipe.clusters.tile or max(16, C // 128))
 
 
 def _cut(sizes: torch.Tensor, most: int) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _solve(
 ) -> Outcome:
     """Compress `linears`, stacked along their rows, of which each process solves its share."""
     bits, sizes = recipe.weights.bits, sizes.to(linears[0].weight.device)
-    grid = {} if bits == 16 else {"bits": bits, "sizes": sizes}
+    grid: dict[str, Any] = {} if bits == 16 else {"bits": bits, "sizes": sizes}
     if recipe.weights.solver == "rtn":
         W = torch.cat([linear.weight for linear in linears])  # L x [R, C] -> [sum R, C]
         solution, factor = sparsegpt.round_to_nearest(W, **grid), None
@@ -169,7 +169,12 @@ def _solve(
                 [flags.expand(len(rows), -1) for flags, rows in zip(fine, shares)]
             )  # L x [G] -> [sum R, G]
         lowest = lowbit.lowest if distributed.size() == 1 else distributed.lowest
-        kernels = {"sweep": lowbit.sweep, "lowest": lowest, "total": distributed.total, "clip": recipe.weights.clip}
+        kernels: dict[str, Any] = {
+            "sweep": lowbit.sweep,
+            "lowest": lowest,
+            "total": distributed.total,
+            "clip": recipe.weights.clip,
+        }
         # Across groups, not inside each: all grids are fixed before the sweep, so storage is the same and the error lower.
         whole = torch.tensor([W.shape[1]], device=W.device)
         order = sparsegpt.activation_order(H.diagonal(), whole) if recipe.weights.act_order and grid else None
@@ -180,11 +185,15 @@ def _solve(
             solution = sparsegpt.solve(W, factor, **grid, **kernels)
         else:
             p = recipe.pruning
-            how = {"method": p.method, "refine_steps": p.refine, "parts": [len(part) for part in shares]}
+            how: dict[str, Any] = {
+                "method": p.method,
+                "refine_steps": p.refine,
+                "parts": [len(part) for part in shares],
+            }
             solution = sparsegpt.prune(W, H, factor, pattern, **how, **grid, **kernels)
         if grid and recipe.weights.descend:
-            how = {"passes": recipe.weights.descend, "total": distributed.total}
-            solution = sparsegpt.descend(W, solution, H, factor, **how)
+            passes = recipe.weights.descend
+            solution = sparsegpt.descend(W, solution, H, factor, passes=passes, total=distributed.total)
         solution = _of_all(solution, linears)
     store(linears, solution, sizes, recipe, keep=None if pattern is None else pattern.keep)
     damp, attempts = (None, 0) if factor is None else (factor.damp, len(factor.attempts))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ptq.errors import BadInput, NumericalFailure
-from ptq.evaluate import check_fits, in_eval_mode
+from ptq.perplexity import check_fits, in_eval_mode
 from ptq.tasks import TASKS, Item, Questions
 from ptq.texts import token_ids
 
@@ -132,7 +132,7 @@ def _summary(questions: Questions, scores: list[list[Score]]) -> dict[str, Any]:
     task = TASKS[questions.task]
     if task.last_word:
         right = [found[0][1] for found in scores]
-        answers = Counter(item.pairs[0][1] for item in items)
+        answers: Counter[object] = Counter(item.pairs[0][1] for item in items)
     else:
         right = [_best([one for one, _ in found]) == item.gold for item, found in zip(items, scores)]
         answers = Counter(item.gold for item in items)

@@ -40,7 +40,10 @@ def expand_to_query_groups(order: Order, *, n_kv: int, n_query_per_kv: int) -> O
 
 
 def join_heads(orders: list[Order]) -> Order:
-    """Orders of single heads, all of one width D -> one over H*D channels, in which no channel leaves its head."""
+    """Orders of single heads, all of one width D -> one over H*D channels, in which no channel leaves its head.
+
+    ValueError if a head's width is another: the joined order is then no permutation; or if there is no head.
+    """
     perm = torch.cat([order.perm + h * order.perm.numel() for h, order in enumerate(orders)])  # H x [D] -> [H*D]
     return Order(perm, torch.cat([order.sizes for order in orders]))
 

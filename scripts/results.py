@@ -103,7 +103,7 @@ def open_table(args):
     """
     from ptq.calibration import calibration_windows
     from ptq.checkpoint import load_tokenizer
-    from ptq.evaluate import windows_for
+    from ptq.perplexity import windows_for
     from ptq.source import resolve
     from ptq.texts import read_text
 
@@ -181,7 +181,7 @@ def measure(row, table):
     """
     from ptq.checkpoint import load
     from ptq.errors import PtqError
-    from ptq.evaluate import evaluate
+    from ptq.perplexity import evaluate
 
     args = table.args
     done = {"name": row.name, "low_bit": row.low_bit, "identity": identity(row, table)}

@@ -3,4 +3,5 @@
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 ruff check .
+mypy
 python -m pytest --numprocesses auto --dist loadfile "$@"

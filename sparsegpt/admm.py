@@ -7,6 +7,7 @@ the pattern keeps the largest |X|, which is Wanda's score |w| sqrt(H_jj).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def admm(
     each of the weights stacked in W; each has its own threshold, or each row with scope "row". rows: `lowest` and `total` as for `solve`.
     Returns (weight float32 [R, C], mask bool [R, C]); refine the weight, ADMM leaves it short of the optimum on its mask.
     Costs `doublings` inversions of H and one product [R, C] x [C, C] an iteration.
+    Raises what `choose` raises, and torch.linalg.LinAlgError for an H that damping leaves indefinite.
     """
     problem = _scaled(W, H, pattern, damp, parts, rows)
     Z, mask = problem.project(problem.W if start is None else start.float() * problem.scale)
@@ -43,7 +45,7 @@ def admm(
     for _ in range(doublings):
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.H + rho * eye))
         for _ in range(iterations):
-            Z, U, mask = problem.step(Z, U, rho, lambda A, inverse=inverse: A @ inverse)
+            Z, U, mask = problem.step(Z, U, rho, partial(torch.matmul, other=inverse))
         # rho U is the multiplier, which stays as rho grows.
         rho, U = 2 * rho, U / 2
     return Z / problem.scale + 0.0, mask  # + 0.0 turns -0.0 into 0.0
@@ -64,7 +66,7 @@ def alps(
     """ALPS (arXiv 2406.07831, Alg. 1): rho grows every third step by how much the support still moves, until it stands.
 
     Arguments and result as for `admm`. rounds bounds the growth steps; the support usually stands long before. Costs one
-    eigendecomposition of H, then two products an iteration whatever rho is.
+    eigendecomposition of H, then two products an iteration whatever rho is. Raises what `choose` raises.
     """
     problem = _scaled(W, H, pattern, damp, parts, rows | {"total": total})
     Z, mask = problem.project(problem.W)
@@ -74,7 +76,7 @@ def alps(
     for _ in range(rounds):
         before = mask
         for _ in range(3):
-            Z, U, mask = problem.step(Z, U, rho, lambda A, rho=rho: ((A @ Q) / (eigenvalues + rho)) @ Q.t())
+            Z, U, mask = problem.step(Z, U, rho, partial(_solve_shifted, Q, eigenvalues + rho))
         moved = int(total((before ^ mask).sum()))
         if moved == 0:
             break
@@ -100,6 +102,11 @@ class _Scaled:
         U = U + solve(self.target + rho * (Z - U))  # X + U
         Z, mask = self.project(U)
         return Z, U.sub_(Z), mask
+
+
+def _solve_shifted(Q: Tensor, eigenvalues: Tensor, A: Tensor) -> Tensor:
+    """A (Q diag(eigenvalues) Q^T)^-1 for A [R, C], Q [C, C], eigenvalues [C]."""
+    return ((A @ Q) / eigenvalues) @ Q.t()
 
 
 def _scaled(W: Tensor, H: Tensor, pattern: Pattern, damp: float, parts: list[int] | None, rows) -> _Scaled:

@@ -141,7 +141,7 @@ def _narrowed(
 
 
 def encode(W: Tensor, grid: WeightGrid) -> Tensor:
-    """Nearest codes of a whole matrix, ties to even: W float [R, C] -> uint8 [R, C]."""
+    """Nearest codes of a whole matrix, ties to even: W float [R, C] -> uint8 [R, C]. RuntimeError if C is not the sum of grid.sizes."""
     parts = W.split(grid.sizes.tolist(), dim=1)
     columns = zip(parts, grid.step.split(1, 1), grid.zero.split(1, 1), grid.top.split(1, 1), strict=True)
     codes = (torch.round(w.float() / step).add_(zero).clamp_(min=0).minimum(top) for w, step, zero, top in columns)
@@ -149,7 +149,7 @@ def encode(W: Tensor, grid: WeightGrid) -> Tensor:
 
 
 def dequantize(codes: Tensor, grid: WeightGrid) -> Tensor:
-    """The weights that codes stand for, (q - zero) * step: uint8 [R, C] -> float32 [R, C]."""
+    """The weights that codes stand for, (q - zero) * step: uint8 [R, C] -> float32 [R, C]. RuntimeError as for `encode`."""
     weight = codes.float()
     parts = weight.split(grid.sizes.tolist(), dim=1)
     for part, step, zero in zip(parts, grid.step.split(1, 1), grid.zero.split(1, 1), strict=True):

@@ -46,7 +46,10 @@ def kept_of_tail(keep: tuple[int, int], channels: int) -> int:
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
-    """The `count` smallest entries of `score`, ties in memory order: bool in score's shape. Clamps count to what there is."""
+    """The `count` smallest entries of `score`, ties in memory order: bool in score's shape. Clamps count to what there is.
+
+    One threshold over a mask block (SparseGPT, arXiv 2301.00774, section 3.3). score: of any shape and dtype with an order, no NaN.
+    """
     flat = score.reshape(-1)  # [n]
     if count <= 0 or count >= flat.numel():
         return torch.full_like(score, count > 0, dtype=torch.bool)

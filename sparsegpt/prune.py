@@ -78,7 +78,7 @@ def prune(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rows = {"parts": parts, "lowest": lowest, "total": total}
     if method == "sparsegpt" and not refine_steps and bits is None:
-        return solve(W, factor, pattern=pattern, sweep=sweep, **rows)
+        return solve(W, factor, pattern=pattern, sweep=sweep, parts=parts, lowest=lowest, total=total)
     weight, mask = METHODS[method](W, H, factor, pattern, sweep, rows)
     if refine_steps:
         weight = refine(W, weight, mask, H, steps=refine_steps, damp=factor.damp)

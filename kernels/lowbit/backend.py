@@ -21,5 +21,8 @@ def register_backend(device_type: str, operations: ModuleType | Any) -> None:
 
 
 def operation(name: str, device_type: str) -> Callable:
-    """The function that runs `name` on `device_type`: the registered backend's, else the reference's."""
+    """The function that runs `name` on `device_type`: the registered backend's, else the reference's.
+
+    AttributeError if neither has it.
+    """
     return getattr(_BACKENDS.get(device_type), name, None) or getattr(reference, name)

@@ -355,11 +355,12 @@ class Linear(nn.Module):
         return run(*stored, bits=self.bits, channels=self.in_features)
 
     def _decoded(self) -> torch.Tensor:
+        options: dict[str, Any] = {"channels": self.in_features}
         if self.sparse["kind"] == "bitmask":
-            name, where, options = "bitmask", self.weight_mask, {"channels": self.in_features}
+            name, where = "bitmask", self.weight_mask
             count = {"kept": self.sparse["kept"]}  # packed codes do not tell how many they are
         else:
-            options = {"channels": self.in_features, "keep": tuple(self.sparse["keep"])}
+            options["keep"] = tuple(self.sparse["keep"])
             name, where, count = "nm", self.weight_indices, {}
         if self.bits == 16:
             return operation(f"decode_{name}", where.device.type)(self.weight_values, where, **options)
@@ -494,9 +495,12 @@ def norm_epsilon(norm: nn.Module) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
-KINDS = {"linear": Linear, "norm": Norm}
+KINDS: dict[str, type[Linear] | type[Norm]] = {"linear": Linear, "norm": Norm}
 
 
 def build(spec: dict[str, Any], like: nn.Module) -> nn.Module:
-    """The empty module that `spec` describes, shaped like the model's own module `like`."""
+    """The empty module that `spec` describes, shaped like the model's own module `like`.
+
+    spec: an entry of the config's `modules` (docs/format.md). KeyError for a spec that lacks a key, or of another kind.
+    """
     return KINDS[spec["kind"]].from_spec(spec, like)

@@ -174,10 +174,9 @@ def planar_weight(
     total = s.double() * v.sum(2, dtype=torch.int32) - shifts.double() * F.pad(
         inside, (0, more)
     )  # [R, G, 64] -> [R, G]
-    grids = [t.float().t().contiguous() for t in (s, shifts, total)]  # [R, G] -> [G, R]
-    if not z.any():
-        grids[1] = None
-    return PlanarWeight(bits, channels, R, _to_planes(v.flatten(1), bits), *grids, repeats)  # [R, G, 64] -> [R, Kp]
+    scale, zero, total = (t.float().t().contiguous() for t in (s, shifts, total))  # [R, G] -> [G, R]
+    planes = _to_planes(v.flatten(1), bits)  # [R, G, 64] -> [R, Kp]
+    return PlanarWeight(bits, channels, R, planes, scale, zero if z.any() else None, total, repeats)
 
 
 def _rest(codes: Tensor, zero: Tensor, fine: Tensor, sizes: Tensor, owner: Tensor, *, bits: int):

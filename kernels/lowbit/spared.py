@@ -25,8 +25,8 @@ class Spared:
 
     def append(self, other: Spared) -> Spared:
         """Both; `other` is of later columns."""
-        joined = (torch.cat([getattr(self, n), getattr(other, n)], dim=2) for n in ("keys", "values"))
-        return Spared(*joined, torch.cat([self.rows, other.rows], dim=1), torch.cat([self.at, other.at]))
+        keys, values = (torch.cat([getattr(self, n), getattr(other, n)], dim=2) for n in ("keys", "values"))
+        return Spared(keys, values, torch.cat([self.rows, other.rows], dim=1), torch.cat([self.at, other.at]))
 
     def restore(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded keys and values [B, H, all tokens, D], changed in place, with the sinks as they were."""

@@ -60,14 +60,16 @@ def sweep(
 def _kernel(device_type: str) -> Callable:
     """The kernel for a device; says once where only the slow loop is left."""
     if device_type == "cpu" and native.library():
-        from lowbit.cpu.sweep import sweep as kernel
-    elif device_type == "cuda" and find_spec("triton"):
-        from lowbit.triton.sweep import sweep as kernel
-    else:
-        mend = {"cpu": "install with a C++ compiler", "cuda": "install triton"}.get(device_type, "none exists")
-        warnings.warn(f"lowbit.sweep has no kernel for {device_type} ({mend}): a slow PyTorch loop runs", stacklevel=3)
-        kernel = sweep_reference
-    return kernel
+        from lowbit.cpu.sweep import sweep as compiled
+
+        return compiled
+    if device_type == "cuda" and find_spec("triton"):
+        from lowbit.triton.sweep import sweep as fused
+
+        return fused
+    mend = {"cpu": "install with a C++ compiler", "cuda": "install triton"}.get(device_type, "none exists")
+    warnings.warn(f"lowbit.sweep has no kernel for {device_type} ({mend}): a slow PyTorch loop runs", stacklevel=3)
+    return sweep_reference
 
 
 def _check_tensors(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import BadInput
+from ptq.folders import model_folder as model_folder  # every verb that opens a folder has them from here
+from ptq.folders import read_json as read_json
 
 
 def whole(text: str) -> int:
@@ -66,27 +68,6 @@ def set_environment(args: argparse.Namespace) -> None:
     if getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["TRANSFORMERS_OFFLINE"] = "1"
-
-
-def model_folder(path: str) -> Path:
-    """The path, if a model lies there. Raises BadInput otherwise."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise BadInput(f"{path}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{path}: not a model folder: it has no config.json")
-    return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises BadInput when it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as err:
-        raise BadInput(f"{path}: not JSON: {err}") from err
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def write_json(target: str, value: Any) -> None:

@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 from ptq.cli import options
-from ptq.cli.quantize import add_run_options, add_source, compress, given, overlay, parse_groups, parse_setting
+from ptq.cli.quantize import add_run_options, add_source, compress, parse_groups, parse_settings
 from ptq.errors import BadInput
 from ptq.presets import PRUNING_METHODS
-from ptq.recipe import ALLOCATIONS, STORAGES, Recipe, prunes
-from ptq.recipe_build import build
+from ptq.recipe import ALLOCATIONS, STORAGES, Recipe
+from ptq.recipe_options import prune_recipe
 
 EPILOG = """\
 --nm 2:4 keeps 2 of every 4 weights along a row. Without --wbits the result is an ordinary checkpoint with zeros in it, which
@@ -61,35 +61,29 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """The recipe that the options ask for. Pure.
 
     Raises:
-        BadInput: nothing to prune, a bad --refine or --set, or a value that `recipe_build.build` refuses.
+        BadInput: a bad --refine or --set, or what `recipe_options.prune_recipe` refuses.
     """
-    if (args.sparsity is None) == (args.nm is None):
-        raise BadInput("give one of --sparsity (share of zeros, for instance 0.5) and --nm (2:4 keeps 2 of every 4)")
-    wanted = given(
-        model=args.model,
-        method=args.method or "sparsegpt",
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code or None,
-        seed=args.seed,
+    return prune_recipe(
+        args.model,
+        sparsity=args.sparsity,
+        nm=args.nm,
+        wbits=args.wbits,
+        groups=args.groups,
+        first=args.first,
+        preserve=args.preserve,
+        method=args.method,
+        refine=_refine(args.refine),
+        allocation=args.allocation,
+        storage=args.storage,
         on_failure=args.on_failure,
-        weights=given(bits=args.wbits, groups=args.groups),
-        pruning=given(
-            sparsity=args.sparsity,
-            keep=args.nm,
-            refine=_refine(args.refine),
-            allocation=args.allocation,
-            first=args.first,
-            preserve=args.preserve or None,
-            storage=args.storage or ("packed" if args.wbits not in (None, 16) else None),
-        ),
-        calibration=given(text=args.calib, nsamples=args.nsamples, seqlen=args.seqlen),
+        calib=args.calib,
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        settings=parse_settings(args.set),
     )
-    for setting in args.set:
-        overlay(wanted, parse_setting(setting))
-    recipe = build(**wanted)
-    if not prunes(recipe):
-        raise BadInput("--sparsity 0 prunes nothing; give the share of zeros, for instance 0.5")
-    return recipe
 
 
 def _refine(text: str | None) -> int | None:

@@ -11,8 +11,8 @@ from ptq.cli.memory import keep_freed_memory
 from ptq.errors import BadInput
 from ptq.presets import METHODS, PRESETS
 from ptq.progress import Progress
-from ptq.recipe import KV_BITS, Recipe
-from ptq.recipe_build import build
+from ptq.recipe import Recipe
+from ptq.recipe_options import nested, overlay, quantize_recipe
 
 EPILOG = """\
 bits without a preset: --abits N sets inputs of the output and down projections, queries, keys and values to N,
@@ -100,44 +100,27 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     """The recipe that the options ask for. Pure.
 
     Raises:
-        BadInput: no bits chosen, a bad --set, or a value that `recipe_build.build` refuses.
+        BadInput: a bad --set, or what `recipe_options.quantize_recipe` refuses.
     """
-    wanted = given(
-        model=args.model,
-        method=args.method,
+    return quantize_recipe(
+        args.model,
         preset=args.preset,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code or None,
+        method=args.method,
+        wbits=args.wbits,
+        abits=args.abits,
+        norm_abits=args.norm_abits,
+        kv_bits=args.kv_bits,
+        act_grid=args.act_grid,
+        groups=args.groups,
+        tile=args.tile,
+        calib=args.calib,
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
         seed=args.seed,
-        weights=given(bits=args.wbits, groups=args.groups),
-        activations={**_activation_bits(args), **given(grid=args.act_grid)},
-        clusters=given(tile=args.tile),
-        calibration=given(text=args.calib, nsamples=args.nsamples, seqlen=args.seqlen),
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        settings=parse_settings(args.set),
     )
-    for setting in args.set:
-        overlay(wanted, parse_setting(setting))
-    recipe = build(**wanted)
-    sites = [key for key in wanted["activations"] if key.endswith("bits")]
-    if recipe.preset is None and "bits" not in wanted["weights"] and not sites:
-        choices = f"--preset ({', '.join(PRESETS)}) or --wbits, --abits, --norm-abits, --kv-bits"
-        raise BadInput(f"no bits chosen: give {choices}")
-    return recipe
-
-
-def _activation_bits(args: argparse.Namespace) -> dict[str, int]:
-    n = args.abits
-    if n is None:
-        return given(norm_bits=args.norm_abits, kv_bits=args.kv_bits)
-    if n not in KV_BITS and args.kv_bits is None:
-        stored = ", ".join(map(str, KV_BITS))
-        raise BadInput(f"--abits {n}: keys and values are stored at {stored} bits, so say which: add --kv-bits N")
-    return {
-        "bits": n,
-        "q_bits": n,
-        "kv_bits": n if args.kv_bits is None else args.kv_bits,
-        "norm_bits": max(8, n) if args.norm_abits is None else args.norm_abits,
-        "softmax_bits": max(8, n),
-    }
 
 
 def parse_groups(text: str) -> str | int:
@@ -145,31 +128,17 @@ def parse_groups(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-def given(**values: Any) -> dict[str, Any]:
-    """The values that are not None."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def parse_setting(text: str) -> dict[str, Any]:
-    """Turn `weights.damp=0.05` into {"weights": {"damp": 0.05}}; the value is read as YAML."""
+def parse_settings(texts: list[str]) -> dict[str, Any]:
+    """Turn ["weights.damp=0.05"] into {"weights": {"damp": 0.05}}; values are read as YAML, a later one has the last word."""
     import yaml
 
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise BadInput(f"--set {text}: expected KEY.SUB=VALUE, for instance --set weights.damp=0.05")
-    try:
-        nested = yaml.safe_load(value)
-    except yaml.YAMLError as err:
-        raise BadInput(f"--set {text}: the value is not YAML: {' '.join(str(err).split())}") from err
-    for name in reversed(key.split(".")):
-        nested = {name: nested}
-    return nested
-
-
-def overlay(base: dict[str, Any], top: dict[str, Any]) -> None:
-    """Write `top` over `base`, mapping by mapping."""
-    for key, value in top.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            overlay(base[key], value)
-        else:
-            base[key] = value
+    whole: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"--set {text}: expected KEY.SUB=VALUE, for instance --set weights.damp=0.05")
+        try:
+            overlay(whole, nested({key: yaml.safe_load(value)}))
+        except yaml.YAMLError as err:
+            raise BadInput(f"--set {text}: the value is not YAML: {' '.join(str(err).split())}") from err
+    return whole

@@ -193,10 +193,10 @@ def _rotary_factors(source: Source, family: Family) -> dict[str, torch.Tensor]:
 def _row_order(source: Source, family: Family, name: str) -> torch.Tensor | slice:
     """Where the rows of a tensor come from: of queries and keys, pairs (i, i + D/2) of a head's channels become neighbours."""
     path = name.rpartition(".")[0]
-    if not family.interleaved or not path.endswith(source.spec.qkv[:2]):
+    if not family.interleaved or not path.endswith(source.spec.qkv_linears[:2]):
         return slice(None)
     g = geometry_of(source.checkpoint.config, source.spec)
-    heads = g.heads if path.endswith(source.spec.qkv[0]) else g.kv_heads
+    heads = g.heads if path.endswith(source.spec.qkv_linears[0]) else g.kv_heads
     rows = torch.arange(heads * g.head_dim)
     return rows.view(heads, 2, g.head_dim // 2).transpose(1, 2).flatten()  # [H, 2, D/2] -> [H, D/2, 2] -> [H D]
 

@@ -184,8 +184,8 @@ def remarks(report: dict[str, Any]) -> Markup | None:
         rows = [(el("code", one["name"]), one["reason"]) for one in skipped]
         parts.append(table(("not compressed", "why"), rows, left=2, class_="box tall"))
     if notes:
-        rows = [(site, str(count), note) for (site, note), count in notes.items()]
-        parts.append(table(("site", "blocks", "why it differs from the recipe"), rows, left=3))
+        counted = [(site, str(count), note) for (site, note), count in notes.items()]
+        parts.append(table(("site", "blocks", "why it differs from the recipe"), counted, left=3))
     return section("Warnings and what was left out", *parts) if parts else None
 
 

@@ -9,7 +9,7 @@ import pytest
 import ptq
 from ptq.calibration import calibration_windows
 from ptq.checkpoint import load_tokenizer
-from ptq.evaluate import evaluate, windows_for
+from ptq.perplexity import evaluate, windows_for
 from ptq.pipeline import compress
 from ptq.progress import Progress
 from ptq.recipe_build import build

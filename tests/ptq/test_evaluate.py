@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from ptq.errors import BadInput, NumericalFailure
-from ptq.evaluate import Windows, describe, evaluate, windows_for
+from ptq.perplexity import Windows, describe, evaluate, windows_for
 from ptq.texts import Text
 
 WORDS = "the cat sat on a mat and saw ten small birds fly over an old red barn at dawn".split()
@@ -110,7 +110,7 @@ def test_identical_windows_have_no_spread_and_one_window_has_no_error():
 def test_neither_batch_size_nor_chunking_of_positions_changes_the_number(monkeypatch):
     model, other, windows = tiny_llama(0), tiny_llama(1), random_windows(5, 30)
     whole = evaluate(model, windows, batch_size=5, reference_model=other)
-    monkeypatch.setattr("ptq.evaluate.POSITIONS", 7)
+    monkeypatch.setattr("ptq.perplexity.POSITIONS", 7)
     pieces = evaluate(model, windows, batch_size=1, reference_model=other)
     for key in ("perplexity", "perplexity_stderr", "kl", "top1_agreement"):
         assert pieces[key] == pytest.approx(whole[key], rel=1e-5), key  # matmuls of other shapes round differently

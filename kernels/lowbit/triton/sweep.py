@@ -114,8 +114,9 @@ def sweep(
         grid = [None if t is None else t[part] for t in (scale, low, high)]
         marks = [None if t is None else t[part].view(torch.uint8) for t in (mask, kept if keep else None)]
         _launch(
-            W1[part], steps[part, part], marks[0], score[part] if keep else None, *grid, values[part], marks[1], n, m
-        )
+            W1[part], steps[part, part], marks[0], score[part] if keep else None, grid[0], grid[1], grid[2],
+            values[part], marks[1], n, m,
+        )  # fmt: skip
         W1[stop:].addmm_(steps[part, stop:].t(), W1[part], alpha=-1)
     return values, kept, W1
 

@@ -2,8 +2,10 @@
 
 import math
 import random
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,7 +80,7 @@ def evaluate(model, windows: Windows, *, batch_size: int = 4, reference_model=No
     return _summary(means, windows)
 
 
-def describe(result: dict) -> str:
+def describe(result: Mapping[str, Any]) -> str:
     """A result of `evaluate` in one line: the numbers, then the protocol they hold under."""
     p = result["protocol"]
     stderr = result["perplexity_stderr"]
