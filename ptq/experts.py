@@ -17,7 +17,7 @@ import torch
 
 from ptq.architectures import Spec
 from ptq.errors import NumericalFailure, UnsupportedModel
-from ptq.recipe import Recipe, quantizes_activations
+from ptq.recipe import Recipe, moves_channels, quantizes_activations
 
 
 def gate_up_hessian(own: torch.Tensor, tokens: int, layer: torch.Tensor, layer_tokens: int) -> torch.Tensor:
@@ -48,8 +48,7 @@ def down_hessian(own: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def check_recipe(spec: Spec, recipe: Recipe) -> None:
     """UnsupportedModel for a recipe that would permute or quantize the activations of a family with experts."""
-    moves = recipe.reorder or recipe.clusters.rotate or recipe.smooth is not None
-    if spec.experts is None or not (moves or quantizes_activations(recipe)):
+    if spec.experts is None or not (moves_channels(recipe) or quantizes_activations(recipe)):
         return
     raise UnsupportedModel(
         f"{spec.model_type} has experts: what works is ptq prune, and ptq quantize --method gptq or rtn with --wbits alone; "

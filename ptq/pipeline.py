@@ -43,17 +43,7 @@ def compress(
     target = torch.device(pick_device(distributed.own_device(device)))
     if distributed.rank() == 0:
         refuse_existing(out, resume=resume)
-    folder = resolve(
-        recipe.model, revision=recipe.revision, offline=offline, trust_remote_code=recipe.trust_remote_code
-    )
-    checkpoint = open_checkpoint(folder, trust_remote_code=recipe.trust_remote_code)
-    model = skeleton(checkpoint, trust_remote_code=recipe.trust_remote_code)
-    spec = spec_for(checkpoint.config, model)
-    experts.check_recipe(spec, recipe)
-    if recipe.weights.head < 16:
-        head_name(model)  # refused before anything is computed
-    model.set_attn_implementation(attention_for(recipe, spec, model))
-    names = tensor_names(model, spec, checkpoint)
+    checkpoint, model, spec, names = open_model(recipe, offline=offline)
     calibration = calibrate(recipe, checkpoint, offline=offline)
     ledger = Ledger.open(out, identity_of(recipe, checkpoint, calibration, target.type), resume=resume)
     writer = Writer(ledger.folder, checkpoint, model, spec, recipe, names)
@@ -106,6 +96,24 @@ def compress(
     writer.finish(report, model_card(report), specs)
     ledger.finish(out)
     return report
+
+
+def open_model(recipe: Recipe, *, offline: bool) -> tuple[Checkpoint, nn.Module, Spec, dict[str, str]]:
+    """The checkpoint of `recipe`, its empty model, its spec and its tensors' names (see `tensor_names`); no weights are read.
+
+    Raises:
+        BadInput, UnsupportedModel: not a model, or one that the recipe cannot be run on.
+    """
+    trust = {"trust_remote_code": recipe.trust_remote_code}
+    folder = resolve(recipe.model, revision=recipe.revision, offline=offline, **trust)
+    checkpoint = open_checkpoint(folder, **trust)
+    model = skeleton(checkpoint, **trust)
+    spec = spec_for(checkpoint.config, model)
+    experts.check_recipe(spec, recipe)
+    if recipe.weights.head < 16:
+        head_name(model)  # refused before anything is computed
+    model.set_attn_implementation(attention_for(recipe, spec, model))
+    return checkpoint, model, spec, tensor_names(model, spec, checkpoint)
 
 
 def _compress_head(

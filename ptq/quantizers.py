@@ -55,7 +55,8 @@ def _sizes(site: InputSite, found: Statistics, orders: Orders) -> torch.Tensor:
     return torch.tensor([found.ranges[site.name].min.numel()]) if order is None else order.sizes
 
 
-def _bits(site: InputSite, recipe: Recipe) -> int:
+def site_bits(site: InputSite, recipe: Recipe) -> int:
+    """What the recipe asks of a linear's input."""
     return recipe.activations.bits if site.norm is None else recipe.activations.norm_bits
 
 
@@ -69,15 +70,15 @@ def _widths(
     widths = {}
     for site in sites:  # R3's are no wider than others: each is a head, not a part of sorted channels
         of_site = 0.0 if site.name == "R3" else share
-        widths[site.name] = wide.widest(_sizes(site, found, orders), _bits(site, recipe), of_site)
+        widths[site.name] = wide.widest(_sizes(site, found, orders), site_bits(site, recipe), of_site)
     return widths
 
 
 def _competing(block: nn.Module, sites, recipe: Recipe, found: Statistics, orders: Orders, share: float):
     """`_widths` where the clusters of all sites below 8 bits compete for a share of 8-bit ones."""
     sizes = {site.name: _sizes(site, found, orders) for site in sites}
-    narrow = {site.name: torch.full_like(sizes[site.name], _bits(site, recipe)) for site in sites}
-    competing = [site for site in sites if _bits(site, recipe) < wide.WIDE_BITS]
+    narrow = {site.name: torch.full_like(sizes[site.name], site_bits(site, recipe)) for site in sites}
+    competing = [site for site in sites if site_bits(site, recipe) < wide.WIDE_BITS]
     if not competing:
         return narrow
     energies, costs = wide.branch_energies(block, sites, found.samples), {}
@@ -89,7 +90,7 @@ def _competing(block: nn.Module, sites, recipe: Recipe, found: Statistics, order
 
 
 def _attach_input(block: nn.Module, site: InputSite, recipe: Recipe, found, orders, widths: torch.Tensor) -> SiteFact:
-    bits, order, sizes = _bits(site, recipe), order_of(orders, site.name), _sizes(site, found, orders)
+    bits, order, sizes = site_bits(site, recipe), order_of(orders, site.name), _sizes(site, found, orders)
     kind = recipe.activations.grid if bits < FULL else "none"
     if bits < FULL:
         quantizer = _input_quantizer(block, site, recipe, found, sizes, widths)
@@ -101,7 +102,7 @@ def _attach_input(block: nn.Module, site: InputSite, recipe: Recipe, found, orde
                 block.get_submodule(path).input_quantizer = quantizer
     ragged = recipe.clusters.tile is not None and recipe.clusters.wide is None and site.name == "R3"
     note = "not aligned to tiles: channels stay inside their heads" if ragged else None
-    C, effective = int(sizes.sum()), _effective_bits(widths, sizes, kind)
+    C, effective = int(sizes.sum()), effective_bits(widths, sizes, kind)
     turner = block.get_submodule(site.norm or site.linears[0])
     return SiteFact(site.name, C, sizes.numel(), bits, kind, order is not None, note, effective, turner.rotation)
 
@@ -110,16 +111,16 @@ def _input_quantizer(block: nn.Module, site: InputSite, recipe: Recipe, found: S
     """The quantizer of a site with `widths` bits int64 [G] in clusters of `sizes`, without sinks."""
     kind = recipe.activations.grid
     if kind == "token":
-        return ActivationQuantizer("token", token_bits=_bits(site, recipe))
+        return ActivationQuantizer("token", token_bits=site_bits(site, recipe))
     if kind == "tile":
         return ActivationQuantizer.tiles(widths, sizes)
     if kind == "cluster":
         energy = sum(block.get_submodule(path).weight.float().square().sum(0) for path in site.linears)  # [C]
         return _static(_fit(found, site.name, sizes, widths, recipe, energy))
-    return _static(rptq.tensor_grid(found.ranges[site.name], _bits(site, recipe)))
+    return _static(rptq.tensor_grid(found.ranges[site.name], site_bits(site, recipe)))
 
 
-def _effective_bits(widths: torch.Tensor, sizes: torch.Tensor, kind: str) -> float:
+def effective_bits(widths: torch.Tensor, sizes: torch.Tensor, kind: str) -> float:
     """Bits of a value: its code, and its share of a dynamic grid's scale (16 bits) and zero point (as wide as a code)."""
     codes = (widths * sizes).sum().item()
     grids = {"tile": (16 + widths).sum().item(), "token": 16 + widths[0].item()}.get(kind, 0)

@@ -171,6 +171,11 @@ def quantizes_activations(recipe: Recipe) -> bool:
     return min(a.bits, a.norm_bits, a.q_bits, a.kv_bits, a.softmax_bits) < 16
 
 
+def moves_channels(recipe: Recipe) -> bool:
+    """Whether channels are permuted, rotated or scaled."""
+    return recipe.reorder or recipe.clusters.rotate or recipe.smooth is not None
+
+
 def wants_sample(recipe: Recipe) -> bool:
     """Whether some of the tokens themselves tell grids or bits, not ranges alone."""
     clusters = recipe.clusters

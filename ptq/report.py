@@ -41,8 +41,6 @@ def build_report(
 
     modules = [row for record in records for row in record["modules"]]
     sites = [row for record in records for row in record["sites"]]
-    touched = [row for row in modules + head if row["bits"] < 16 or row["sparsity"] is not None]
-    compressed = sum(row["shape"][0] * row["shape"][1] for row in touched)
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {
@@ -71,16 +69,10 @@ def build_report(
         },
         "modules": modules + head,
         "sites": sites,
-        "coverage": _coverage(model, compressed, modules + head),
-        "bits": {
-            "weights_effective": _effective_bits(modules + head, records),
-            "activations_effective": _activation_bits(sites),
-            "sinks": recipe.activations.sinks,
-            "kv_bits_effective": _kv_bits(recipe, checkpoint.config, spec),
-            "softmax": recipe.activations.softmax_bits if spec.attention_interface else 16,
-        },
+        "coverage": coverage(model, modules + head),
+        "bits": bits_of(recipe, checkpoint.config, spec, modules + head, sites),
         "run_time": _run_time(modules, sites),
-        "sparsity": _sparsity(modules) if prunes(recipe) else None,
+        "sparsity": sparsity_of(modules) if prunes(recipe) else None,
         "sizes": {
             "source_bytes": sum(f["bytes"] for f in checkpoint.files),
             "compressed_bytes": compressed_bytes,
@@ -91,7 +83,27 @@ def build_report(
     }
 
 
-def _coverage(model: nn.Module, compressed: int, modules: list[dict[str, Any]]) -> dict[str, Any]:
+def bits_of(
+    recipe: Recipe, config: Any, spec: Spec, modules: list[dict[str, Any]], sites: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Effective bits of weights, activations and cache; `modules` with the output head where that is packed."""
+    return {
+        "weights_effective": _effective_bits(modules, sites),
+        "activations_effective": _activation_bits(sites),
+        "sinks": recipe.activations.sinks,
+        "kv_bits_effective": _kv_bits(recipe, config, spec),
+        "softmax": recipe.activations.softmax_bits if spec.attention_interface else 16,
+    }
+
+
+def is_compressed(row: dict[str, Any]) -> bool:
+    """Whether a module's row says that bits or zeros were asked of it."""
+    return row["bits"] < 16 or row["sparsity"] is not None
+
+
+def coverage(model: nn.Module, modules: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much of the model is compressed, and what is not and why; `modules` with the output head where that is packed."""
+    compressed = sum(row["shape"][0] * row["shape"][1] for row in modules if is_compressed(row))
     tied = model.all_tied_weights_keys  # one parameter, though the empty skeleton has it twice
     packed = {row["name"] for row in modules}
     apart = [name for name in tied if name.rpartition(".")[0] not in packed]
@@ -102,24 +114,22 @@ def _coverage(model: nn.Module, compressed: int, modules: list[dict[str, Any]]) 
     for row in modules:
         if row["failure"]:
             skipped.append({"name": row["name"], "reason": row["failure"]})
-        elif row["bits"] == 16 and row["sparsity"] is None:
+        elif not is_compressed(row):
             skipped.append({"name": row["name"], "reason": "neither bits nor zeros were asked of it"})
     return {"compressed_parameters": compressed, "other_parameters": total - compressed, "skipped": skipped}
 
 
-def _sparsity(modules: list[dict[str, Any]]) -> float:
+def sparsity_of(modules: list[dict[str, Any]]) -> float:
     """Share of zeros among all weights of the decoder linears, counted in what is stored."""
     weights = sum(row["shape"][0] * row["shape"][1] for row in modules)
     return sum(row["shape"][0] * row["shape"][1] * (row["sparsity"] or 0) for row in modules) / weights
 
 
-def _effective_bits(modules: list[dict[str, Any]], records: list[dict[str, Any]]) -> float:
+def _effective_bits(modules: list[dict[str, Any]], sites: list[dict[str, Any]]) -> float:
     """Bits a weight of the compressed linears: codes, scales, zero points, group sizes, and the norms' permutations."""
     weights = sum(row["shape"][0] * row["shape"][1] for row in modules)
     stored = sum(row["shape"][0] * row["shape"][1] * row["effective_bits"] for row in modules)
-    permutations = sum(
-        32 * s["channels"] for r in records for s in r["sites"] if s["site"] in ("R1", "R4") and s["permuted"]
-    )
+    permutations = sum(32 * s["channels"] for s in sites if s["site"] in ("R1", "R4") and s["permuted"])
     return (stored + permutations) / weights
 
 

@@ -20,7 +20,7 @@ from ptq.blocks import Call, load_block, run_block
 from ptq.errors import NumericalFailure
 from ptq.fine import fine_groups
 from ptq.gram import Drift, Gram
-from ptq.recipe import Recipe, has_fine_groups, quantizes_activations, wants_sample
+from ptq.recipe import Recipe, has_fine_groups, moves_channels, quantizes_activations, wants_sample
 from ptq.sample import every_of
 from ptq.sequential import Forwards, run_again, run_paused
 from ptq.sites import InputSite, Statistics, block_sites, collect, input_sites, until_last_input
@@ -84,7 +84,7 @@ def compress_block(run: Run, i: int, states: list[torch.Tensor]) -> Compressed:
     # Where no linear's input changes between the passes, one pass gives ranges and H.
     rotates = recipe.clusters.rotate
     one_pass = by_block and not (quantizes_activations(recipe) or recipe.smooth is not None or rotates)
-    moves = recipe.reorder or rotates or recipe.smooth is not None
+    moves = moves_channels(recipe)
     found = Statistics({}, {})
     if moves or quantizes_activations(recipe) or not in_order:
         found = _measured(run, forwards, prefix, ranges=True, hessians=one_pass)

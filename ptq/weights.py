@@ -129,15 +129,22 @@ def group_sizes(C: int, site: InputSite, recipe: Recipe, orders: Orders) -> torc
     "cluster": the clusters; "channel": one group; N: the clusters cut into near-equal groups of at most N channels. "auto": N is the
     tile where clusters are tiles, else max(16, C / 128), because k-means leaves a few clusters with most of the channels.
     """
-    groups = recipe.weights.groups
     order = order_of(orders, site.name)
-    whole = torch.tensor([C])
+    return groups_of_clusters(torch.tensor([C]) if order is None else order.sizes.cpu(), recipe)
+
+
+def groups_of_clusters(clusters: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """int64 [G]: the weight groups that clusters of int64 [K] channels make, see `group_sizes`."""
+    groups, C = recipe.weights.groups, int(clusters.sum())
     if groups == "channel":
-        return whole
-    clusters = whole if order is None else order.sizes.cpu()
-    if groups == "cluster":
-        return clusters
-    return _cut(clusters, groups if isinstance(groups, int) else recipe.clusters.tile or max(16, C // 128))
+        return torch.tensor([C])
+    return clusters if groups == "cluster" else _cut(clusters, widest_group(C, recipe))
+
+
+def widest_group(C: int, recipe: Recipe) -> int:
+    """Channels of the widest weight group that is cut from clusters of C channels."""
+    groups = recipe.weights.groups
+    return groups if isinstance(groups, int) else recipe.clusters.tile or max(16, C // 128)
 
 
 def _cut(sizes: torch.Tensor, most: int) -> torch.Tensor:

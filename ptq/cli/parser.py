@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The whole command line. Imports nothing heavy, so that `ptq --help` is instant."""
-    from ptq.cli import bench, eval, export, generate, inspect, list, prune, quantize, run
+    from ptq.cli import bench, eval, export, generate, inspect, list, plan, prune, quantize, run
 
     parser = Parser(
         prog="ptq",
@@ -36,7 +36,7 @@ def build_parser() -> Parser:
         epilog="exit codes: 0 ok; 2 bad input; 3 unsupported model; 4 numerical failure; 130 Ctrl-C or SIGTERM",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for module in (quantize, prune, run, eval, generate, export, bench, inspect, list):
+    for module in (plan, quantize, prune, run, eval, generate, export, bench, inspect, list):
         module.add(verbs)
     return parser
 

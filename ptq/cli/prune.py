@@ -27,6 +27,14 @@ def add(verbs: Any) -> None:
     parser.set_defaults(main=main, parser=parser)
     parser.add_argument("model", metavar="MODEL", help="a local folder or a hub id")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder; it appears whole or not at all")
+    add_choices(parser)
+    options.add_calibration(parser)
+    add_source(parser)
+    add_run_options(parser)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is pruned, and how; `ptq plan` has them too."""
     what = parser.add_argument_group("what")
     what.add_argument("--sparsity", type=float, metavar="S", help="share of zeros, 0 to 1")
     what.add_argument("--nm", metavar="N:M", help="keep N of every M")
@@ -47,9 +55,6 @@ def add(verbs: Any) -> None:
     how.add_argument("--storage", choices=STORAGES, metavar="S", help="dense (default, zeros included) or packed")
     how.add_argument("--on-failure", metavar="F", help="stop (default), or skip: leave a module whole when its H fails")
     how.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="any recipe key; repeatable")
-    options.add_calibration(parser)
-    add_source(parser)
-    add_run_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -29,6 +29,14 @@ def add(verbs: Any) -> None:
     parser.set_defaults(main=main, parser=parser)
     parser.add_argument("model", metavar="MODEL", help="a local folder or a hub id")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder; it appears whole or not at all")
+    add_choices(parser)
+    options.add_calibration(parser)
+    add_source(parser)
+    add_run_options(parser)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options that say what is quantized, and how; `ptq plan` has them too."""
     bits = parser.add_argument_group("bits")
     bits.add_argument("--preset", choices=PRESETS, metavar="NAME", help=", ".join(PRESETS))
     bits.add_argument("--wbits", type=int, metavar="N", help="weights")
@@ -41,9 +49,6 @@ def add(verbs: Any) -> None:
     how.add_argument("--groups", type=parse_groups, metavar="G", help="weight groups: auto, cluster, channel or a size")
     how.add_argument("--tile", type=int, metavar="N", help="R1, R4, R5 in whole tiles of N channels: 32, 64 or 128")
     how.add_argument("--set", action="append", default=[], metavar="KEY.SUB=VALUE", help="any recipe key; repeatable")
-    options.add_calibration(parser)
-    add_source(parser)
-    add_run_options(parser)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -32,9 +32,15 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     Raises:
         BadInput: a bad file, no model in it, or a file that asks for remote code when the command line does not.
     """
-    recipe = load_yaml(args.recipe)
+    recipe = trusted(args)
     if not recipe.model:
         raise BadInput(f"recipe {args.recipe}: names no model; add `model: FOLDER or hub id`")
+    return recipe
+
+
+def trusted(args: argparse.Namespace) -> Recipe:
+    """The recipe in the file, with or without a model. Raises BadInput as `recipe_from_args` does otherwise."""
+    recipe = load_yaml(args.recipe)
     # a recipe is something one downloads; only the person at the keyboard may let a model run its own code
     if recipe.trust_remote_code and not args.trust_remote_code:
         raise BadInput(f"recipe {args.recipe}: asks to run the model's own code; to allow it add --trust-remote-code")

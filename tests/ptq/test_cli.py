@@ -344,7 +344,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 def test_every_verb_has_its_help_and_a_body():
     actions = build_parser()._subparsers._group_actions[0].choices
-    assert list(actions) == ["quantize", "prune", "run", "eval", "generate", "export", "bench", "inspect", "list"]
+    assert list(actions) == ["plan", "quantize", "prune", "run", "eval", "generate", "export", "bench", "inspect", "list"]
     for name, parser in actions.items():
         assert parser.get_default("main") is not None, name
         assert parser.format_help().startswith(f"usage: ptq {name}")
