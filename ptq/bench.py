@@ -27,12 +27,14 @@ class Contender:
     """One thing to time.
 
     kind: "transformers" (a model folder) or "llama_cpp" (a GGUF file). dtype: of torch, None for the folder's own way.
+    stream: its blocks stay on disk (`ptq.stream`).
     """
 
     name: str
     kind: str
     path: str
     dtype: str | None = None
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Load:
     device: str = "cpu"
 
 
-def contenders(folder: Path, against: Path | None, gguf: Path | None) -> list[Contender]:
-    """The folder itself, the full-precision model as transformers runs it, and llama.cpp on a file.
+def contenders(folder: Path, against: Path | None, gguf: Path | None, *, stream: bool = False) -> list[Contender]:
+    """The folder itself, streamed if wished, the full-precision model as transformers runs it, and llama.cpp on a file.
 
     Raises:
         BadInput: llama.cpp is asked for and not installed.
     """
-    found = [Contender("compressed", "transformers", str(folder))]
+    found = [Contender("compressed", "transformers", str(folder), stream=stream)]
     if against is not None:
         kinds = ("float32", "bfloat16")
         found += [Contender(f"transformers_{kind}", "transformers", str(against), kind) for kind in kinds]
@@ -118,7 +120,7 @@ def _run_transformers(contender: Contender, load: Load) -> dict[str, float]:
 
     torch.set_num_threads(load.threads)
     dtype = getattr(torch, contender.dtype) if contender.dtype else None
-    model = checkpoint.load(contender.path, device=load.device, dtype=dtype)
+    model = checkpoint.load(contender.path, device=load.device, dtype=dtype, stream=contender.stream)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (load.batch, load.prefill), generator=random).to(load.device)

@@ -160,12 +160,15 @@ class Writer:
         write_json(self.folder / "config.json", config)
 
 
-def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, stream: bool = False
+) -> nn.Module:
     """A causal language model ready to run, from a compressed folder, a full-precision folder or a hub id.
 
     Args:
         folder: a path, or a hub id. device: where the model is to run.
         dtype: of activations and unpacked weights; default float32 on the CPU, else the checkpoint's.
+        stream: leave the blocks on disk and read each when its turn comes (`ptq.stream`); compressed folders, on the CPU.
 
     Raises:
         BadInput: not a model, a format version this release does not know, or tensors that do not fit the config.
@@ -179,6 +182,10 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
+        if stream:
+            from ptq.stream import load_streamed
+
+            return load_streamed(path, config, device=device, dtype=dtype)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,

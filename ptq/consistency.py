@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,12 +23,19 @@ def check_packed(model: nn.Module, where: str | Path) -> None:
         BadInput: the module and what is wrong with it: group or cluster sizes that do not sum to the channels, a permutation
             that is none, scales that are not positive and finite, zero points or minima that are not finite.
     """
+    _check_each(model, where, {Linear: _check_linear, Norm: _check_norm})
+
+
+def check_grids(model: nn.Module, where: str | Path) -> None:
+    """`check_packed` of the activations' grids alone, for a model whose other tensors are not there."""
+    _check_each(model, where, {Linear: _check_linear_grids, Norm: _check_norm_grid})
+
+
+def _check_each(model: nn.Module, where: str | Path, checks: dict[type, Callable]) -> None:
     for name, module in model.named_modules():
         try:
-            if isinstance(module, Linear):
-                _check_linear(module)
-            elif isinstance(module, Norm):
-                _check_norm(module)
+            if type(module) in checks:
+                checks[type(module)](module)
         except ValueError as err:
             raise BadInput(f"{where}: {name}: {err}; the checkpoint is corrupt, make it again") from err
 
@@ -61,6 +69,10 @@ def _check_linear(linear: Linear) -> None:
     if linear.sparse is not None:
         linear.kept()  # decoding checks mask and indices against the entries
     _check_rotation(linear.rotation, linear.in_features)
+    _check_linear_grids(linear)
+
+
+def _check_linear_grids(linear: Linear) -> None:
     _check_quantizer("input grid", linear.input_quantizer, linear.in_features)
     _check_quantizer("output grid", linear.output_quantizer, linear.out_features)
 
@@ -78,6 +90,10 @@ def _check_norm(norm: Norm) -> None:
     if norm.permutation is not None:
         check_permutation(norm.permutation.long(), norm.permutation.numel())
     _check_rotation(norm.rotation, norm.channels)
+    _check_norm_grid(norm)
+
+
+def _check_norm_grid(norm: Norm) -> None:
     _check_quantizer("grid", norm.quantizer, norm.channels)
 
 

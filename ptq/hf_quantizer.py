@@ -69,11 +69,17 @@ class PtqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_filled(model, model.name_or_path)
         check_packed(model, model.name_or_path)
-        for module in model.modules():
-            if isinstance(module, lowbit.Linear) and module.sparse is not None:
-                module.skip_zeros_()
+        skip_zeros(model)
         if model.dtype == torch.float32:  # the kernels take no other
             run_on_integers(model, spec_of(model.config))
+        self.attach(model)
+        if model.dtype == torch.float32:
+            from ptq.native_decode import decode_natively
+
+            decode_natively(model, spec_of(model.config))
+
+    def attach(self, model: nn.Module) -> None:
+        """Give `model` its attention function, sinks and packed cache; of its tensors only the activations' grids are read."""
         if self.quantization_config.softmax_bits < 16 and model.config._attn_implementation != _attention_name():
             model.set_attn_implementation(_attention_name())
         sinks = max((m.sinks for m in model.modules() if isinstance(m, lowbit.ActivationQuantizer)), default=0)
@@ -86,10 +92,6 @@ class PtqQuantizer(HfQuantizer):
         grids = packed_kv_grids(model, spec_of(model.config), self.quantization_config.kv_bits)
         if grids is not None:
             attach_packed_cache(model, list(model.get_submodule(spec_of(model.config).blocks)), grids)
-        if model.dtype == torch.float32:
-            from ptq.native_decode import decode_natively
-
-            decode_natively(model, spec_of(model.config))
 
     def is_serializable(self) -> bool:
         return True
@@ -101,14 +103,31 @@ class PtqQuantizer(HfQuantizer):
 
 def run_on_integers(model: nn.Module, spec: Spec) -> None:
     """Let every input site run on integer kernels whose linears all can, and a packed output head."""
+    run_head_on_integers(model)
+    for block in model.get_submodule(spec.blocks):
+        run_block_on_integers(block, spec)
+
+
+def run_head_on_integers(model: nn.Module) -> None:
+    """`run_on_integers` of the output head alone."""
     head = model.get_output_embeddings()
     if isinstance(head, lowbit.Linear):
         integer.take([head])
-    for block in model.get_submodule(spec.blocks):
-        for site in block_sites(spec, block):
-            linears, norm = [block.get_submodule(path) for path in site.linears], norm_of(block, site)
-            if site.router is None and all(isinstance(linear, lowbit.Linear) for linear in linears):
-                integer.take(linears, norm if isinstance(norm, lowbit.Norm) else None)
+
+
+def run_block_on_integers(block: nn.Module, spec: Spec) -> None:
+    """`run_on_integers` of one block."""
+    for site in block_sites(spec, block):
+        linears, norm = [block.get_submodule(path) for path in site.linears], norm_of(block, site)
+        if site.router is None and all(isinstance(linear, lowbit.Linear) for linear in linears):
+            integer.take(linears, norm if isinstance(norm, lowbit.Norm) else None)
+
+
+def skip_zeros(model: nn.Module) -> None:
+    """Let every sparse linear of a model or block leave out zeros where that is faster."""
+    for module in model.modules():
+        if isinstance(module, lowbit.Linear) and module.sparse is not None:
+            module.skip_zeros_()
 
 
 def _attention_name() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from ptq.architectures import FusedQKV, Spec, geometry_of
@@ -11,8 +13,11 @@ from ptq.architectures.geometry import activations_of
 PLAIN = ("opt", "llama", "mistral", "qwen2")
 
 
-def decode_natively(model: nn.Module, spec: Spec) -> str | None:
-    """Attach a decoder to `model`, whose linears are laid out already; returns in one line why it has none, None if it has one."""
+def decode_natively(model: nn.Module, spec: Spec, *, make: Callable | None = None) -> str | None:
+    """Attach a decoder to `model`, whose linears are laid out already; returns in one line why it has none, None if it has one.
+
+    make: called as `lowbit.decode.Decoder` is (default) to make the decoder.
+    """
     from lowbit.decode import Decoder, Roles, Shape
     from lowbit.decode_attach import attach
 
@@ -26,7 +31,7 @@ def decode_natively(model: nn.Module, spec: Spec) -> str | None:
     heads = geometry.heads, geometry.kv_heads, geometry.head_dim, geometry.rotary_dim
     try:
         roles = Roles(**{name: getattr(spec, name) for name in names})
-        decoder = Decoder(list(model.get_submodule(spec.blocks)), roles, Shape(*heads, *activations))
+        decoder = (make or Decoder)(list(model.get_submodule(spec.blocks)), roles, Shape(*heads, *activations))
         attach(model, spec.blocks, decoder)
     except ValueError as err:
         return str(err)

@@ -8,6 +8,7 @@ take, is run by the modules on the same cache.
 from __future__ import annotations
 
 import weakref
+from ctypes import Array
 from dataclasses import dataclass
 
 import torch
@@ -71,13 +72,16 @@ class Decoder:
         self.sinks = max(most_sinks(block) for block in blocks)
         self._keep: list[Tensor] = []
         self._blocks = (cpu.Block * len(blocks))()
-        for i, block in enumerate(blocks):
-            try:
-                self._blocks[i] = block_of(block, roles, shape, self._keep)
-            except ValueError as error:
-                raise ValueError(f"block {first + i}: {error}") from None
         self._channels = blocks[0].get_submodule(roles.qkv[0]).in_features
         self._seats: weakref.WeakKeyDictionary[Cache, _Seat] = weakref.WeakKeyDictionary()
+        self._read(blocks)
+
+    def _read(self, blocks: list[nn.Module]) -> None:
+        for i, block in enumerate(blocks):
+            try:
+                self._blocks[i] = block_of(block, self.roles, self.shape, self._keep)
+            except ValueError as error:
+                raise ValueError(f"block {self.layers[i]}: {error}") from None
 
     def obstacle(
         self, hidden: Tensor, cache: Cache, turn: Turn | None = None, mask: Tensor | None = None
@@ -152,9 +156,13 @@ class Decoder:
         step.turn_stride = 0 if cos is None or len(cos) == 1 else half
         mask = None if mask is None else _added(mask)
         step.mask, step.mask_stride = cpu.address(mask, alive), 0 if mask is None or len(mask) == 1 else mask.shape[1]
-        cpu.run(step, seat.memory, path=path)
+        self._pass(seat, path)
         room.show(room.tokens + 1)
         return y
+
+    def _pass(self, seat: _Seat, path: str) -> None:
+        """Run the seat's step through all blocks."""
+        cpu.run(seat.step, seat.memory, path=path)
 
     def _served(self, cache: Cache) -> bool:
         """Whether the cache holds what the last step left there."""
@@ -183,7 +191,7 @@ class Decoder:
         step.capacity, step.held = room.capacity, room.capacity - 1  # the most tokens that the memory must do for
         step.all_cos, step.all_sin = cpu.address(room.cos, keep), cpu.address(room.sin, keep)
         step.turns_stride = 0 if room.rows == 1 else room.capacity * half
-        return _Seat(room, step, cpu.scratch(step), torch.get_num_threads(), (blocks, keep))
+        return _Seat(room, step, cpu.scratch(step), torch.get_num_threads(), blocks, keep)
 
 
 Turn = tuple[Tensor, Tensor]
@@ -191,13 +199,14 @@ Turn = tuple[Tensor, Tensor]
 
 @dataclass(eq=False)
 class _Seat:
-    """A step that appends to a cache: `memory` for `threads` threads, and what its structures point to."""
+    """A step that appends to a cache: `memory` for `threads` threads, its `blocks`, and the tensors that these point to."""
 
     room: Room
     step: cpu.Step
     memory: Tensor
     threads: int
-    keep: tuple
+    blocks: Array
+    keep: list[Tensor]
 
 
 def _check(blocks: list[nn.Module], roles: Roles, shape: Shape) -> None:

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.cpu import native
+from lowbit.cpu.nibbles import nibbles
 from lowbit.packing import unpack
 
 TILE, UNIT = 64, 128
@@ -159,24 +161,38 @@ def planar_weight(
     if scale.shape != (R, n) or zero.shape[0] != R:
         raise ValueError(f"scale {list(scale.shape)}, zero {list(zero.shape)}: {R} rows of {n} groups need [{R}, {n}]")
     inside = (channels - torch.arange(0, channels, TILE, device=packed.device)).clamp(max=TILE)  # [tiles with channels]
-    v = _tiled(_centred(unpack(packed, bits, channels), bits))  # [R, C] -> [R, tiles, 64]
     s = scale.float()[:, owner]  # [R, n] -> [R, tiles]
     z = _centred(unpack(zero, bits, n), bits)[:, owner]  # [R, n] -> [R, tiles]
-    repeats = None
+    repeats = rest = None
     if fine is not None:
-        repeats, v_rest, z_rest = _rest(*fine, sizes.long(), owner, bits=bits)
-        v, z = torch.cat([v, v_rest], 1), torch.cat([z, z_rest], 1)
-        s, inside = torch.cat([s, s[:, repeats] / 2**bits], 1), torch.cat([inside, inside[repeats]])
-    G = all_tiles(channels, repeats)
-    more = G - v.shape[1]
-    v, s, z = F.pad(v, (0, 0, 0, more)), F.pad(s, (0, more)), F.pad(z, (0, more))
+        repeats, rest, z_rest = _rest(*fine, sizes.long(), owner, bits=bits)
+        s, z = torch.cat([s, s[:, repeats] / 2**bits], 1), torch.cat([z, z_rest], 1)
+        inside = torch.cat([inside, inside[repeats]])
+    planes, sums = _laid_out(packed, rest, bits=bits, channels=channels)  # sums [R, G]
+    more = sums.shape[1] - s.shape[1]
+    s, z = F.pad(s, (0, more)), F.pad(z, (0, more))
     shifts = s * z  # [R, G]
-    total = s.double() * v.sum(2, dtype=torch.int32) - shifts.double() * F.pad(
-        inside, (0, more)
-    )  # [R, G, 64] -> [R, G]
+    total = s.double() * sums - shifts.double() * F.pad(inside, (0, more))
     scale, zero, total = (t.float().t().contiguous() for t in (s, shifts, total))  # [R, G] -> [G, R]
-    planes = _to_planes(v.flatten(1), bits)  # [R, G, 64] -> [R, Kp]
     return PlanarWeight(bits, channels, R, planes, scale, zero if z.any() else None, total, repeats)
+
+
+def _laid_out(packed: Tensor, rest: Tensor | None, *, bits: int, channels: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(planes, sums of v int32 [R, G]) of packed codes and, behind them, the centred codes int8 [R, E, 64] of fine groups' rest."""
+    if bits == 4 and channels % UNIT == 0 and packed.is_cpu and native.library() is not None:
+        plane, sums = nibbles(packed)
+        if rest is None:
+            return (plane,), sums
+        planes, more = _planes_of(rest, bits)
+        return (torch.cat([plane, *planes], 1),), torch.cat([sums, more], 1)
+    v = _tiled(_centred(unpack(packed, bits, channels), bits))  # [R, C] -> [R, tiles, 64]
+    return _planes_of(v if rest is None else torch.cat([v, rest], 1), bits)
+
+
+def _planes_of(v: Tensor, bits: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(planes, sums int32 [R, G]) of v int8 [R, tiles, 64], filled up to whole units."""
+    v = F.pad(v, (0, 0, 0, -v.shape[1] % (UNIT // TILE)))
+    return _to_planes(v.flatten(1), bits), v.sum(2, dtype=torch.int32)  # [R, G, 64] -> [R, Kp], [R, G]
 
 
 def _rest(codes: Tensor, zero: Tensor, fine: Tensor, sizes: Tensor, owner: Tensor, *, bits: int):

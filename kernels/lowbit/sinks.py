@@ -8,6 +8,8 @@ model announces them, and each thread (and greenlet) has its own announcement.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -36,6 +38,17 @@ def arriving(batch: int, tokens: int, count: int, *, held: int, attended: Tensor
 def announce(rows: Tensor | None) -> None:
     """Say which rows bool [B, T] of the activations that follow are sinks; None withdraws it."""
     _ROWS.set(rows)
+
+
+@contextmanager
+def of_sequences(rows: slice) -> Iterator[None]:
+    """Within, what was announced holds for these sequences of the batch only, which run apart."""
+    known = _ROWS.get()
+    announce(None if known is None else known[rows])
+    try:
+        yield
+    finally:
+        announce(known)
 
 
 def sink_rows(x: Tensor) -> Tensor:

@@ -28,6 +28,25 @@ class Spared:
         keys, values = (torch.cat([getattr(self, n), getattr(other, n)], dim=2) for n in ("keys", "values"))
         return Spared(keys, values, torch.cat([self.rows, other.rows], dim=1), torch.cat([self.at, other.at]))
 
+    @classmethod
+    def of_batches(cls, parts: list[Spared]) -> Spared:
+        """Those of several batches as one; a column that a batch lacks is no sink to its rows."""
+        at = torch.cat([part.at for part in parts]).unique()
+        wide = [part._among(at) for part in parts]
+        keys, values, rows = (torch.cat([getattr(part, n) for part in wide]) for n in ("keys", "values", "rows"))
+        return cls(keys, values, rows, at)
+
+    def _among(self, at: Tensor) -> Spared:
+        """With columns `at` int64 [N'], which include its own."""
+        place = torch.searchsorted(at, self.at)
+
+        def widened(t: Tensor, dim: int) -> Tensor:
+            shape = list(t.shape)
+            shape[dim] = len(at)
+            return t.new_zeros(shape).index_copy_(dim, place, t)
+
+        return Spared(widened(self.keys, 2), widened(self.values, 2), widened(self.rows, 1), at)
+
     def restore(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded keys and values [B, H, all tokens, D], changed in place, with the sinks as they were."""
         rows = self.rows[:, None, :, None]  # [B, N] -> [B, 1, N, 1]

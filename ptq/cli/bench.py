@@ -35,6 +35,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--rounds", type=options.whole, default=3, metavar="N", help="turns of each; medians are shown (3)"
     )
+    options.add_stream(parser)
     options.add_device(parser)
     options.add_json(parser)
 
@@ -57,9 +58,9 @@ def main(args: argparse.Namespace) -> None:
     load = bench.Load(args.prefill, args.decode, args.batch_size, threads, str(pick_device(args.device)))
     _check_length(folder, load)
     say = (lambda text: None) if args.json == "-" else print
-    found = bench.bench(bench.contenders(folder, against, gguf), load, rounds=args.rounds, say=say)
+    found = bench.bench(bench.contenders(folder, against, gguf, stream=args.stream), load, rounds=args.rounds, say=say)
     if args.json:
-        options.write_json(args.json, {**found, "load": vars(load), "rounds": args.rounds})
+        options.write_json(args.json, {**found, "load": vars(load), "rounds": args.rounds, "stream": args.stream})
     if args.json != "-":
         print(table(found, load))
 

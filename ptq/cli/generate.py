@@ -17,6 +17,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="a model folder, compressed or full precision")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     parser.add_argument("--max-new-tokens", type=options.whole, default=64, metavar="N", help="no more than (64)")
+    options.add_stream(parser)
     options.add_device(parser)
 
 
@@ -31,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise BadInput("--prompt: makes no token; give some text")
-    model = checkpoint.load(folder, device=device)
+    model = checkpoint.load(folder, device=device, stream=args.stream)
     length = inputs["input_ids"].shape[1] + args.max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:

@@ -41,6 +41,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:N")
 
 
+def add_stream(parser: argparse.ArgumentParser) -> None:
+    """--stream."""
+    what = (
+        "read blocks from disk while the model runs, two in memory at a time: for a compressed DIR larger than memory"
+    )
+    parser.add_argument("--stream", action="store_true", help=what)
+
+
 def add_offline(parser: argparse.ArgumentParser) -> None:
     """--offline."""
     parser.add_argument("--offline", action="store_true", help="no network: only local files and the hub's cache")

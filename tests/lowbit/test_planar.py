@@ -84,6 +84,23 @@ def test_planes_hold_the_centred_codes(shape, bits):
     assert sum(plane.numel() for plane in weight.planes) == shape[0] * weight.padded * bits // 8
 
 
+@needs_library
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("R, C", [(1, 128), (5, 384), (33, 512)])
+def test_native_nibbles_are_the_same_bytes(R, C, fine, monkeypatch):
+    _, stored = disk_weight(R, C, 4)
+    rest = (
+        torch.randint(256, (R, 64), generator=seeded(9), dtype=torch.uint8),
+        torch.full((R, 1), 0x35, dtype=torch.uint8),
+    )
+    options = {"bits": 4, "channels": C, "fine": (*rest, torch.tensor([0, 1])) if fine else None}
+    found = planar_weight(*stored, **options)
+    monkeypatch.setattr(native, "library", lambda: None)
+    wanted = planar_weight(*stored, **options)
+    assert torch.equal(found.planes[0], wanted.planes[0])
+    assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("scale", "zero", "total"))
+
+
 def test_bytes_are_where_the_layout_says():
     codes = torch.arange(128, dtype=torch.uint8).view(1, 128)
     grids = torch.ones(1, 1), lowbit.pack(torch.zeros(1, 1, dtype=torch.uint8), 2), torch.tensor([128])
