@@ -58,6 +58,18 @@ def check_filled(model: nn.Module, where: str | Path) -> None:
         raise BadInput(f"{where}: {what}; the checkpoint is corrupt")
 
 
+def check_present(model: nn.Module, where: str | Path) -> None:
+    """Check that no packed tensor was left on "meta", where accelerate puts what it reads from disk for each call.
+
+    Raises:
+        BadInput: the first that was, and how to run blocks from disk instead.
+    """
+    name = next((name for name, t in model.named_buffers() if t.is_meta), None)
+    if name is not None:
+        mend = "leave out offload_buffers, or stream the blocks: ptq.load(DIR, stream=True)"
+        raise BadInput(f"{where}: {name} was offloaded, but packed tensors are needed while the model loads; {mend}")
+
+
 def _check_linear(linear: Linear) -> None:
     if linear.bits < 16 and linear.codec == "group4":
         _check_finite("weight_minimum", linear.weight_minimum)

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptq.architectures import FAMILIES, Spec, has_experts
-from ptq.consistency import check_filled, check_packed
+from ptq.consistency import check_filled, check_packed, check_present
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.sites import block_sites, norm_of
 
@@ -67,6 +67,7 @@ class PtqQuantizer(HfQuantizer):
             block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = self.quantization_config.softmax_bits
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        check_present(model, model.name_or_path)
         check_filled(model, model.name_or_path)
         check_packed(model, model.name_or_path)
         skip_zeros(model)

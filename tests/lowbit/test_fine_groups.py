@@ -114,8 +114,9 @@ def test_integer_kernels_compute_the_same(bits, mode):
     module, _ = linear(bits, input_quantizer=quantizer)
     expected = module(x)
     assert integer.take([module])
-    # the order of float32 sums
-    assert 0 < float((module(x) - expected).abs().max() / expected.abs().max()) < 1e-5
+    # the order of float32 sums; without a grid inputs are rounded to two int8 codes, 2^-15 of a tile's largest
+    near = 2.0**-14 if mode == "none" else 1e-5
+    assert 0 < float((module(x) - expected).abs().max() / expected.abs().max()) < near
 
 
 @pytest.mark.parametrize("channels, repeats", [(296, [0, 3, 4]), (256, [3]), (64, [0]), (64, [0, 0])])
