@@ -77,6 +77,7 @@ def _takes(quantizer, channels: int) -> bool:
     return True
 
 
+@torch.compiler.disable  # traced, calls of the compiled library give wrong numbers
 def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
     """quantizer(x) W^T + bias by integer kernels: x float32 [..., C] -> [..., R]. Rows that `quantizer` spares keep full precision."""
     flat = x.reshape(-1, x.shape[-1])  # [..., C] -> [T, C]

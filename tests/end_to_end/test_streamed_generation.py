@@ -268,3 +268,10 @@ def test_what_cannot_stream_is_refused(llama, model_folder, tmp_path, capsys):
     assert main(["generate", str(folder), *words, "cpu"]) == 2
     err = capsys.readouterr().err
     assert "truncated" in err and err.count("\n") == 1
+
+
+@torch.no_grad()
+def test_a_compiled_model_computes_the_same(llama, batch):
+    model = ptq.load(llama)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(**batch).logits, model(**batch).logits)  # the library's calls, traced, gave other numbers
