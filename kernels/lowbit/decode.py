@@ -110,7 +110,6 @@ class Decoder:
             return (turn is None) == (self.roles.rotary is None)
         return all(t.shape in {(b, 1, self.shape.rotary_dim) for b in (1, batch)} for t in turn)
 
-    @torch.compiler.disable  # traced, calls of the compiled library give wrong numbers
     def step(
         self,
         hidden: Tensor,

@@ -6,6 +6,8 @@ first left over: 16 bits, 2^-15 of a tile's largest number.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,7 @@ def take(linears, norm=None) -> bool:
     weights = [_laid_out(linear, quantizer) for linear, quantizer in zip(linears, quantizers)]
     if any(weight is None for weight in weights):
         return False
+    _keep_from_compiler()
     for linear, weight in zip(linears, weights):
         linear.planar = weight
     if norm is not None and norm.quantizer is not None:
@@ -48,6 +51,15 @@ def take(linears, norm=None) -> bool:
         for linear in linears:
             linear.taken_over = (norm.quantizer,)  # in a tuple, where it is no second owner of its tensors
     return True
+
+
+@cache
+def _keep_from_compiler() -> None:
+    """torch.compile leaves `product` as it is: traced, calls of the library give wrong numbers.
+
+    Not sooner than a linear is taken, because it imports the compiler, which takes seconds.
+    """
+    globals()["product"] = torch.compiler.disable(product)
 
 
 def _laid_out(linear, quantizer) -> PlanarWeight | None:
@@ -77,7 +89,6 @@ def _takes(quantizer, channels: int) -> bool:
     return True
 
 
-@torch.compiler.disable  # traced, calls of the compiled library give wrong numbers
 def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
     """quantizer(x) W^T + bias by integer kernels: x float32 [..., C] -> [..., R]. Rows that `quantizer` spares keep full precision."""
     flat = x.reshape(-1, x.shape[-1])  # [..., C] -> [T, C]

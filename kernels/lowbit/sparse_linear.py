@@ -56,7 +56,6 @@ def pays(weight: torch.Tensor) -> bool:
     return int(weight.count_nonzero()) <= (1 - SPARSE) * weight.numel()
 
 
-@torch.compiler.disable  # traced, calls of the compiled library give wrong numbers
 def sparse_linear(x: torch.Tensor, tiles: SparseTiles, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x W^T + bias over the nonzero entries of W [R, C].
 
