@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.errors import BadInput
+from ptq.memory import peak_bytes
 
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "generation_tokens_per_second")
 
@@ -144,7 +144,7 @@ def _run_transformers(contender: Contender, load: Load) -> dict[str, float]:
     with torch.inference_mode():
         generate(ids[:, : min(8, load.prefill)], 3)  # first calls allocate and compile
         prefill, decode = generate(ids, load.decode)
-    peak = torch.cuda.max_memory_allocated(load.device) if cuda else _peak_bytes()
+    peak = torch.cuda.max_memory_allocated(load.device) if cuda else peak_bytes()
     return {"prefill_seconds": prefill, "decode_seconds": decode, "peak_bytes": peak}
 
 
@@ -173,12 +173,7 @@ def _run_llama_cpp(contender: Contender, load: Load) -> dict[str, float]:
 
     generate(ids[:8], 3)
     prefill, decode = generate(ids, load.decode)
-    return {"prefill_seconds": prefill, "decode_seconds": decode, "peak_bytes": _peak_bytes()}
-
-
-def _peak_bytes() -> int:
-    """The most resident memory this process had; macOS counts it in bytes, others in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"prefill_seconds": prefill, "decode_seconds": decode, "peak_bytes": peak_bytes()}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import nn
 
 import rptq
 from ptq.architectures import Spec
+from ptq.consistency import refuse_keys
 from ptq.errors import BadInput
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.layout import source_tensors
@@ -197,12 +198,9 @@ def load(
         )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise BadInput(f"{path}: cannot be loaded: {' '.join(str(err).split())[:300]}") from err
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(n) for n in info.get(problem) or ())
-        if names and (problem != "unexpected_keys" or is_compressed(config)):
-            raise BadInput(
-                f"{path}: {problem.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt"
-            )
+    problems = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    told = [p for p in problems if p != "unexpected_keys" or is_compressed(config)]
+    refuse_keys({problem.replace("_", " "): info.get(problem) or () for problem in told}, path)
     return model.eval().to(device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,10 +34,19 @@ def check_grids(model: nn.Module, where: str | Path) -> None:
 def _check_each(model: nn.Module, where: str | Path, checks: dict[type, Callable]) -> None:
     for name, module in model.named_modules():
         try:
-            if type(module) in checks:
-                checks[type(module)](module)
+            for kind, check in checks.items():
+                if isinstance(module, kind):
+                    check(module)
         except ValueError as err:
             raise BadInput(f"{where}: {name}: {err}; the checkpoint is corrupt, make it again") from err
+
+
+def refuse_keys(found: Mapping[str, Iterable[str]], where: str | Path) -> None:
+    """BadInput for the first problem of `found` that has names of tensors: the problem, the first of them and how many there are."""
+    for problem, all_names in found.items():
+        names = sorted(map(str, all_names))
+        if names:
+            raise BadInput(f"{where}: {problem}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt")
 
 
 def check_filled(model: nn.Module, where: str | Path) -> None:
@@ -52,10 +61,8 @@ def check_filled(model: nn.Module, where: str | Path) -> None:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return
     tensors = model.state_dict(keep_vars=True).items()
-    names = sorted(name for name, t in tensors if not getattr(t, "_is_hf_initialized", False))
-    if names:
-        what = f"missing keys or keys of another shape: {', '.join(names[:3])} ({len(names)})"
-        raise BadInput(f"{where}: {what}; the checkpoint is corrupt")
+    names = [name for name, t in tensors if not getattr(t, "_is_hf_initialized", False)]
+    refuse_keys({"missing keys or keys of another shape": names}, where)
 
 
 def check_present(model: nn.Module, where: str | Path) -> None:

@@ -30,17 +30,26 @@ def head_name(model: nn.Module) -> str:
     return name
 
 
+def head_source(model: nn.Module, names: dict[str, str]) -> str:
+    """The checkpoint's tensor that the head's weight comes from; a tied head has none of its own, then its embedding's is taken.
+
+    names: from `tensor_names`. Raises as `head_name`.
+    """
+    weight = f"{head_name(model)}.weight"
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return names.get(weight) or names[tied[weight]]
+
+
 def compress_head(
     model: nn.Module, names: dict[str, str], checkpoint: Checkpoint, bits: int
 ) -> tuple[Linear, LayerFact]:
     """The head packed in groups of GROUP columns, grids narrowed where that lowers the squared error, and what the report says of it.
 
-    names: from `tensor_names`; a tied head has no tensor of its own, then its embedding's is taken.
+    names: from `tensor_names`.
     """
     started = time.monotonic()
     name, like = head_name(model), model.get_output_embeddings()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    source = names.get(f"{name}.weight") or names[tied[f"{name}.weight"]]
+    source = head_source(model, names)
     W = checkpoint.read([source])[source]  # [R, C]
     linear = Linear(W.shape[1], W.shape[0], bias=like.bias is not None, dtype=W.dtype)
     if like.bias is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import nn
 from ptq.architectures import Spec, geometry_of
 from ptq.blocks import leftovers, tensor_names
 from ptq.calibration import Calibration
+from ptq.memory import peak_bytes
 from ptq.recipe import Recipe, prunes, to_dict
 from ptq.source import Checkpoint, commit_of, license_of
 
@@ -191,9 +190,3 @@ def _warnings(recipe: Recipe, spec: Spec, modules: list[dict[str, Any]], unused:
             f"H needed more damping or float64 in {len(raised)} modules, first {raised[0]}: use more calibration tokens"
         )
     return found
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -22,7 +22,7 @@ from torch import nn
 from ptq.architectures import Spec
 from ptq.blocks import skeleton
 from ptq.checkpoint import is_compressed
-from ptq.consistency import check_grids, check_packed
+from ptq.consistency import check_grids, check_packed, refuse_keys
 from ptq.errors import BadInput
 from ptq.hf_quantizer import PtqConfig, PtqQuantizer, run_block_on_integers, run_head_on_integers, skip_zeros, spec_of
 from ptq.native_decode import decode_natively
@@ -192,10 +192,7 @@ def check_names(wanted: dict[str, torch.Tensor], tied: set[str], checkpoint: Che
         "unexpected keys": checkpoint.where.keys() - wanted.keys(),
         "mismatched keys": {n for n in wanted.keys() - absent if checkpoint.shapes[n] != tuple(wanted[n].shape)},
     }
-    for problem, names in found.items():
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise BadInput(f"{checkpoint.folder}: {problem}: {some} ({len(names)}); the checkpoint is corrupt")
+    refuse_keys(found, checkpoint.folder)
     return absent
 
 

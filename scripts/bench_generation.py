@@ -10,11 +10,11 @@ same model and llama-cpp-python is installed. Use a machine that does nothing el
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from _tables import command, describe_machine, made_with, markdown, write, write_json
+from _bench import ptq_bench, publish
+from _tables import describe_machine, markdown
 
 NAMES = {
     "compressed": "ptq",
@@ -24,14 +24,19 @@ NAMES = {
 }
 
 
-def bench(args, threads):
-    """What `ptq bench --json` says with so many threads; None where it refused, which it says itself."""
-    numbers = {"--threads": threads, "--prefill": args.prefill, "--decode": args.decode, "--rounds": args.rounds}
-    words = [str(word) for pair in numbers.items() for word in pair]
-    words += ["--gguf", str(args.gguf)] * (args.gguf is not None)
-    run = [sys.executable, "-m", "ptq", "bench", str(args.folder), "--against", str(args.against), *words]
-    done = subprocess.run([*run, "--device", "cpu", "--json", "-"], stdout=subprocess.PIPE, text=True)
-    return None if done.returncode else json.loads(done.stdout)
+def measure(args):
+    """Time each number of threads, and gather the numbers as plain JSON."""
+    words = ["--against", str(args.against), *(["--gguf", str(args.gguf)] if args.gguf else [])]
+    load = {"--prefill": args.prefill, "--decode": args.decode, "--rounds": args.rounds}
+    return {
+        "model": args.folder.name,
+        "gguf": args.gguf and args.gguf.name,
+        "bits": bits_of(args.folder),
+        "prefill": args.prefill,
+        "decode": args.decode,
+        "rounds": args.rounds,
+        "runs": [ptq_bench(args.folder, {"--threads": threads, **load}, *words) for threads in args.threads],
+    }
 
 
 def bits_of(folder):
@@ -86,24 +91,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (3)")
     parser.add_argument("--out", type=Path, default=Path("results/generation"), help="stem of the .json and .md")
     args = parser.parse_args()
-    runs = [bench(args, threads) for threads in args.threads]
-    if None in runs:
-        return 2
-    found = {
-        "model": args.folder.name,
-        "gguf": args.gguf and args.gguf.name,
-        "bits": bits_of(args.folder),
-        "prefill": args.prefill,
-        "decode": args.decode,
-        "rounds": args.rounds,
-        "runs": runs,
-        "made_by": command(sys.argv[1:]),
-        "made_with": made_with(max(args.threads)),
-    }
-    write_json(args.out.with_suffix(".json"), found)
-    write(args.out.with_suffix(".md"), page(found))
-    print(page(found), end="")
-    return 0
+    return publish(lambda: measure(args), page, args.out, max(args.threads))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ and memory do not depend on their values. Exit 2: not measured.
 """
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from _tables import command, describe_machine, made_with, markdown, write, write_json
-from bench_streaming import FFN, HEADS, HIDDEN, VOCABULARY, CannotMeasure, byte_tokenizer, run_apart
+from _bench import in_scratch, ptq_bench, publish, run_apart
+from _tables import describe_machine, markdown, write_json
+from bench_streaming import FFN, HEADS, HIDDEN, VOCABULARY, byte_tokenizer
 
 BITS, GROUP, KV_BITS = 4, 64, 4
 SPREAD = 0.02  # LLaMA's initial standard deviation of a weight
@@ -109,12 +107,8 @@ def random_linear(channels, rows, output=None):
 def bench(model, batch, args, *, stream):
     """What `ptq bench` measures of one batch size."""
     numbers = {"--prefill": args.prefill, "--decode": args.decode, "--batch-size": batch, "--threads": args.threads}
-    words = [str(word) for pair in numbers.items() for word in pair] + ["--stream"] * stream
-    run = [sys.executable, "-m", "ptq", "bench", str(model), *words, "--rounds", "1", "--device", "cpu", "--json", "-"]
-    done = subprocess.run(run, capture_output=True, text=True)
-    if done.returncode:
-        raise CannotMeasure((done.stderr.strip().splitlines() or ["ptq bench said nothing"])[-1])
-    return {"batch": batch, "stream": stream, **json.loads(done.stdout)["compressed"]}
+    words = ["--rounds", "1", *["--stream"] * stream]
+    return {"batch": batch, "stream": stream, **ptq_bench(model, numbers, *words)["compressed"]}
 
 
 def measure(args):
@@ -184,24 +178,11 @@ def main():
     parser.add_argument("--keep", action="store_true", help="leave the scratch folder")
     parser.add_argument("--out", type=Path, default=Path("results/streamed_generation"), help="stem of the .json and .md")
     args = parser.parse_args()
-    try:
-        args.folder.mkdir(parents=True)
-        try:
-            found = measure(args)
-        finally:
-            if not args.keep:
-                shutil.rmtree(args.folder)
-    except FileExistsError:
-        print(f"bench_streamed_generation: {args.folder} exists: remove it or pass another --folder", file=sys.stderr)
-        return 2
-    except CannotMeasure as err:
-        print(f"bench_streamed_generation: {err}", file=sys.stderr)
-        return 2
-    found |= {"made_by": command(sys.argv[1:]), "made_with": made_with(args.threads)}
-    write_json(args.out.with_suffix(".json"), found)
-    write(args.out.with_suffix(".md"), page(found))
-    print(page(found), end="")
-    return 0
+
+    def measured():
+        return in_scratch(args.folder, args.keep, lambda: measure(args))
+
+    return publish(measured, page, args.out, args.threads)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ on their values. Needs about 19 GB of free disk for 32 layers. Exit 2: not measu
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -19,15 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from _tables import command, describe_machine, made_with, markdown, write, write_json
+from _bench import CannotMeasure, in_scratch, publish, run_apart
+from _tables import describe_machine, markdown, write_json
 
 HIDDEN, FFN, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 NSAMPLES, SEQLEN = 4, 64
 RUN = ["--preset", "W4A8", "--nsamples", str(NSAMPLES), "--seqlen", str(SEQLEN), "--device", "cpu", "--offline", "-q"]
-
-
-class CannotMeasure(Exception):
-    """One line: what, where, how to mend."""
 
 
 def source_bytes(layers):
@@ -87,17 +83,6 @@ def byte_tokenizer():
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-
-
-def run_apart(make, *arguments):
-    """Call `make` in a process of its own; returns the seconds it took."""
-    started = time.monotonic()
-    process = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise CannotMeasure(f"{make.__name__} ended with status {process.exitcode}: see its message above")
-    return time.monotonic() - started
 
 
 def quantize(model, out, threads):
@@ -180,24 +165,11 @@ def main():
     args = parser.parse_args()
     if args.layers < 1 or args.threads < 1:
         parser.error("--layers and --threads must be at least 1")
-    try:
-        args.folder.mkdir(parents=True)
-        try:
-            found = measure(args.folder, args.layers, args.threads)
-        finally:
-            if not args.keep:
-                shutil.rmtree(args.folder)
-    except FileExistsError:
-        print(f"bench_streaming: {args.folder} exists: remove it or pass another --folder", file=sys.stderr)
-        return 2
-    except CannotMeasure as err:
-        print(f"bench_streaming: {err}", file=sys.stderr)
-        return 2
-    found |= {"made_by": command(sys.argv[1:]), "made_with": made_with(args.threads)}
-    write_json(args.out.with_suffix(".json"), found)
-    write(args.out.with_suffix(".md"), page(found))
-    print(page(found), end="")
-    return 0
+
+    def measured():
+        return in_scratch(args.folder, args.keep, lambda: measure(args.folder, args.layers, args.threads))
+
+    return publish(measured, page, args.out, args.threads)
 
 
 if __name__ == "__main__":

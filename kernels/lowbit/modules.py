@@ -65,6 +65,7 @@ class ActivationQuantizer(nn.Module):
         return q
 
     def spec(self) -> dict[str, Any]:
+        """What `from_spec` makes an empty one like this of, as the config stores it (docs/format.md)."""
         return {"mode": self.mode, "clusters": self.clusters, "token_bits": self.token_bits, "sinks": self.sinks}
 
     @classmethod
@@ -192,6 +193,7 @@ class Linear(nn.Module):
         raise ValueError(f"unknown sparse storage {self.sparse['kind']!r}; this release knows 'bitmask' and 'n:m'")
 
     def spec(self) -> dict[str, Any]:
+        """The entry of the config's `modules` that `build` makes an empty one like this of (docs/format.md)."""
         return {
             "kind": "linear",
             "bits": self.bits,
@@ -446,6 +448,7 @@ class Norm(nn.Module):
         self.handed_over = False
 
     def spec(self) -> dict[str, Any]:
+        """The entry of the config's `modules` that `build` makes an empty one like this of (docs/format.md)."""
         return {
             "kind": "norm",
             "norm": self.kind,

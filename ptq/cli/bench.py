@@ -9,6 +9,7 @@ from typing import Any
 
 from ptq.cli import options
 from ptq.errors import BadInput
+from ptq.folders import model_folder, read_json
 
 
 def add(verbs: Any) -> None:
@@ -42,8 +43,8 @@ def add(verbs: Any) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
-    folder = options.model_folder(args.folder)
-    against = options.model_folder(args.against) if args.against else None
+    folder = model_folder(args.folder)
+    against = model_folder(args.against) if args.against else None
     gguf = Path(args.gguf) if args.gguf else None
     if gguf is not None and not gguf.is_file():
         raise BadInput(f"--gguf: {gguf}: no such file")
@@ -66,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check_length(folder: Path, load: Any) -> None:
-    limit = options.read_json(folder / "config.json").get("max_position_embeddings")
+    limit = read_json(folder / "config.json").get("max_position_embeddings")
     if isinstance(limit, int) and load.prefill + load.decode > limit:
         total = load.prefill + load.decode
         raise BadInput(f"--prefill and --decode make {total} tokens, the model has {limit} positions; shorten one")

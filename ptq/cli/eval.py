@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ptq.cli import options
+from ptq.folders import model_folder
 from ptq.tasks import TASKS
 
 
@@ -42,23 +43,11 @@ def add(verbs: Any) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
-    folder = options.model_folder(args.folder)  # before torch is imported, which takes seconds
+    folder = model_folder(args.folder)  # before torch is imported, which takes seconds
     from ptq.evaluation import describe, evaluate
 
-    found = evaluate(
-        folder,
-        text=args.text,
-        protocol=args.protocol,
-        seqlen=args.seqlen,
-        windows=args.windows,
-        batch_size=args.batch_size,
-        against=args.against,
-        tasks=None if args.tasks is None else [name.strip() for name in args.tasks.split(",")],
-        task_files=args.task_files,
-        limit=args.limit,
-        device=args.device,
-        offline=args.offline,
-    )
+    tasks = None if args.tasks is None else [name.strip() for name in args.tasks.split(",")]
+    found = evaluate(folder, **options.keywords(args, evaluate) | {"tasks": tasks})
     if args.json:
         options.write_json(args.json, found)
     if args.json != "-":

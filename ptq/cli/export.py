@@ -8,6 +8,7 @@ from typing import Any
 
 from ptq.cli import options
 from ptq.export import FORMATS, export, parse
+from ptq.folders import model_folder
 
 
 def add(verbs: Any) -> None:
@@ -34,7 +35,7 @@ def add(verbs: Any) -> None:
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
     parse(args.format)  # a misspelt format is told before anything is read
-    report = export(options.model_folder(args.folder), Path(args.out), args.format, weights_only=args.weights_only)
+    report = export(model_folder(args.folder), Path(args.out), args.format, weights_only=args.weights_only)
     if args.json:
         options.write_json(args.json, report)
     if args.json != "-":

@@ -7,6 +7,7 @@ from typing import Any
 
 from ptq.cli import options
 from ptq.errors import BadInput
+from ptq.folders import model_folder
 
 
 def add(verbs: Any) -> None:
@@ -23,7 +24,7 @@ def add(verbs: Any) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
-    folder = options.model_folder(args.folder)
+    folder = model_folder(args.folder)
     from ptq import checkpoint
     from ptq.pipeline import pick_device
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ptq.cli import options
 from ptq.errors import BadInput
+from ptq.folders import model_folder, read_json
 from ptq.hf import QUANT_METHOD
 
 COLUMNS = {
@@ -42,7 +43,7 @@ def add(verbs: Any) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run the verb."""
-    folder = options.model_folder(args.folder)
+    folder = model_folder(args.folder)
     evaluation = _evaluation(args)
     found = contents(folder)
     if args.plots:
@@ -67,12 +68,12 @@ def _evaluation(args: argparse.Namespace) -> dict[str, Any] | None:
         raise BadInput("--eval goes onto the page of --html; name that too")
     if not Path(args.eval).is_file():
         raise BadInput(f"--eval {args.eval}: no such file")
-    return options.read_json(Path(args.eval))
+    return read_json(Path(args.eval))
 
 
 def _report(folder: Path) -> dict[str, Any]:
     """report.json, empty where there is none."""
-    return options.read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+    return read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def contents(folder: Path) -> dict[str, Any]:
     that loads without it.
     Raises BadInput for a file that is not a JSON object, and for tensors that are not what the report says.
     """
-    config = options.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     quantization = config.get("quantization_config") or {}
     report = _report(folder)
     modules = _modules(quantization, report.get("modules", []))

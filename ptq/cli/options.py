@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ptq.errors import BadInput
-from ptq.folders import model_folder as model_folder  # every verb that opens a folder has them from here
-from ptq.folders import read_json as read_json
 
 
 def whole(text: str) -> int:
@@ -64,6 +64,12 @@ def add_loudness(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("-v", "--verbose", action="store_true", help="say more")
     either.add_argument("-q", "--quiet", action="store_true", help="say nothing but the result and errors")
+
+
+def keywords(args: argparse.Namespace, function: Callable) -> dict[str, Any]:
+    """The options of a command line that `function` takes, by name."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def set_environment(args: argparse.Namespace) -> None:

@@ -68,27 +68,8 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     Raises:
         BadInput: a bad --refine or --set, or what `recipe_options.prune_recipe` refuses.
     """
-    return prune_recipe(
-        args.model,
-        sparsity=args.sparsity,
-        nm=args.nm,
-        wbits=args.wbits,
-        groups=args.groups,
-        first=args.first,
-        preserve=args.preserve,
-        method=args.method,
-        refine=_refine(args.refine),
-        allocation=args.allocation,
-        storage=args.storage,
-        on_failure=args.on_failure,
-        calib=args.calib,
-        nsamples=args.nsamples,
-        seqlen=args.seqlen,
-        seed=args.seed,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        settings=parse_settings(args.set),
-    )
+    how = options.keywords(args, prune_recipe) | {"refine": _refine(args.refine)}
+    return prune_recipe(**how, settings=parse_settings(args.set))
 
 
 def _refine(text: str | None) -> int | None:

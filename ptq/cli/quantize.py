@@ -107,25 +107,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
     Raises:
         BadInput: a bad --set, or what `recipe_options.quantize_recipe` refuses.
     """
-    return quantize_recipe(
-        args.model,
-        preset=args.preset,
-        method=args.method,
-        wbits=args.wbits,
-        abits=args.abits,
-        norm_abits=args.norm_abits,
-        kv_bits=args.kv_bits,
-        act_grid=args.act_grid,
-        groups=args.groups,
-        tile=args.tile,
-        calib=args.calib,
-        nsamples=args.nsamples,
-        seqlen=args.seqlen,
-        seed=args.seed,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        settings=parse_settings(args.set),
-    )
+    return quantize_recipe(**options.keywords(args, quantize_recipe), settings=parse_settings(args.set))
 
 
 def parse_groups(text: str) -> str | int:

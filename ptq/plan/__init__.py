@@ -11,6 +11,8 @@ from torch import nn
 
 from ptq.architectures import Geometry, Spec, geometry_of
 from ptq.blocks import load_block
+from ptq.head import head_source
+from ptq.memory import peak_bytes
 from ptq.plan import memory, process, roofline
 from ptq.plan.decoding import step_of
 from ptq.plan.headers import Headers, headers_of
@@ -32,7 +34,7 @@ def plan(recipe: Recipe, *, device: str = "auto", offline: bool = False, batch: 
     checkpoint, model, spec, names = pipeline.open_model(recipe, offline=offline)
     calibration = pipeline.calibrate(recipe, checkpoint, offline=offline)
     process.touch(kmeans=recipe.reorder and recipe.clusters.wide is None)
-    began, set_up = process.resident(), process.highest()
+    began, set_up = process.resident(), peak_bytes()
     headers, geometry = headers_of(checkpoint), geometry_of(checkpoint.config, spec)
     stored = store(recipe, model, spec, geometry, names, headers)
     above, phase = memory.peak(
@@ -117,7 +119,8 @@ def _decode(
     bits: dict[str, Any], target: torch.device, itemsize: int, batch: int, context: int,
 ) -> dict[str, Any]:  # fmt: skip
     machine = roofline.measure(target)
-    head = _head_weight(model, names, headers)
+    source = head_source(model, names)
+    head = headers.read([source])[source]
     how = {"batch": batch, "context": context, "itemsize": itemsize}
     rounded = {site["site"]: site["bits"] for site in stored.sites if site["bits"] < 16}
     with torch.device("meta"):
@@ -132,11 +135,3 @@ def _decode(
         speed = roofline.speed(step, machine)
         found[name] = {**vars(step), **vars(speed), "pays": roofline.pays(speed)}
     return found
-
-
-def _head_weight(model: nn.Module, names: dict[str, str], headers: Headers) -> torch.Tensor:
-    """The matrix that makes logits, without memory."""
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    source = names.get(f"{name}.weight") or names[model.all_tied_weights_keys[f"{name}.weight"]]
-    return headers.read([source])[source]

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 import lowbit
 import torch
 
 import sparsegpt
-from ptq.report import peak_bytes
-
-STATUS = Path("/proc/self/status")
+from ptq.memory import resident_bytes
 
 
 def resident() -> int:
-    """Bytes of memory held now, holes in the heap included, for a run's tensors fit into few of them; elsewhere than on Linux the peak."""
+    """Bytes of memory held now, holes in the heap included, for a run's tensors fit into few of them."""
     gc.collect()
-    return _kilobytes("VmRSS") if STATUS.is_file() else peak_bytes()
-
-
-def highest() -> int:
-    """Most bytes of memory that this process has held. Linux's `ru_maxrss` begins with what the parent held, this does not."""
-    return _kilobytes("VmHWM") if STATUS.is_file() else peak_bytes()
+    return resident_bytes()
 
 
 def touch(*, kmeans: bool) -> None:
@@ -33,8 +25,3 @@ def touch(*, kmeans: bool) -> None:
     torch.softmax(x, 0)
     if kmeans:
         import sklearn.cluster  # noqa: F401
-
-
-def _kilobytes(key: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
-    return 1024 * int(line.split()[1])

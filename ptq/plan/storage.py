@@ -201,7 +201,7 @@ def _head(recipe: Recipe, model: nn.Module, names: dict[str, str], headers: Head
     if recipe.weights.head == 16:
         return {}, []
     name, like = head.head_name(model), model.get_output_embeddings()
-    source = names.get(f"{name}.weight") or names[model.all_tied_weights_keys[f"{name}.weight"]]
+    source = head.head_source(model, names)
     R, C = headers.shapes[source]
     with torch.device("meta"):
         how = {"bits": recipe.weights.head, "groups": -(-C // head.GROUP), "dtype": headers.dtypes[source]}
