@@ -162,7 +162,13 @@ class Writer:
 
 
 def load(
-    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, stream: bool = False
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    stream: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> nn.Module:
     """A causal language model ready to run, from a compressed folder, a full-precision folder or a hub id.
 
@@ -170,9 +176,11 @@ def load(
         folder: a path, or a hub id. device: where the model is to run.
         dtype: of activations and unpacked weights; default float32 on the CPU, else the checkpoint's.
         stream: leave the blocks on disk and read each when its turn comes (`ptq.stream`); compressed folders, on the CPU.
+        device_map: instead of `device`, where each module goes, as in transformers: "auto", or names with "cpu", "disk" or an accelerator.
+        offload_folder: where what goes to disk is written, if it cannot be read from `folder`.
 
     Raises:
-        BadInput: not a model, a format version this release does not know, or tensors that do not fit the config.
+        BadInput: not a model, a format version this release does not know, tensors that do not fit the config, or a map that cannot be.
     """
     from transformers import AutoModelForCausalLM
 
@@ -180,8 +188,10 @@ def load(
     config = read_config(path)
     check_format(path, config)
     read_headers(path)
+    if stream and device_map is not None:
+        raise BadInput("a model streams or has a device map, not both: leave out stream or device_map")
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        dtype = torch.float32 if _on_cpu(device, device_map) else "auto"
     try:
         if stream:
             from ptq.stream import load_streamed
@@ -195,13 +205,24 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            device_map=device_map,
+            offload_folder=offload_folder,
         )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as err:
         raise BadInput(f"{path}: cannot be loaded: {' '.join(str(err).split())[:300]}") from err
     problems = ("missing_keys", "unexpected_keys", "mismatched_keys")
     told = [p for p in problems if p != "unexpected_keys" or is_compressed(config)]
     refuse_keys({problem.replace("_", " "): info.get(problem) or () for problem in told}, path)
-    return model.eval().to(device)
+    return model.eval() if device_map is not None else model.eval().to(device)
+
+
+def _on_cpu(device: str, device_map: str | dict[str, Any] | None) -> bool:
+    """Whether nothing computes elsewhere."""
+    if isinstance(device_map, dict):
+        return {str(where) for where in device_map.values()} <= {"cpu", "disk"}
+    if device_map is None or device_map == "cpu":
+        return torch.device(device).type == "cpu"
+    return not torch.accelerator.is_available()
 
 
 def is_compressed(config: Any) -> bool:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from lowbit.hadamard import largest_block
 from lowbit.modules import ActivationQuantizer, Linear, Norm
 from torch import nn
 
 from ptq.errors import BadInput
+from ptq.source import read_headers
 from rptq.order import check_permutation, check_sizes
 
 WIDTHS = (*range(2, 9), 16)
@@ -36,7 +38,8 @@ def _check_each(model: nn.Module, where: str | Path, checks: dict[type, Callable
         try:
             for kind, check in checks.items():
                 if isinstance(module, kind):
-                    check(module)
+                    with align_module_device(module):  # where accelerate offloads it, its tensors come
+                        check(module)
         except ValueError as err:
             raise BadInput(f"{where}: {name}: {err}; the checkpoint is corrupt, make it again") from err
 
@@ -49,32 +52,42 @@ def refuse_keys(found: Mapping[str, Iterable[str]], where: str | Path) -> None:
             raise BadInput(f"{where}: {problem}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt")
 
 
+def check_names(model: nn.Module, folder: Path) -> set[str]:
+    """Check the names and shapes of a folder's tensors against those of `model`, which is on "meta"; no tensor is read.
+
+    Returns:
+        the tied names of the model that the folder leaves out.
+
+    Raises:
+        BadInput: other names that it lacks, tensors that nothing wants, or of other shapes.
+    """
+    wanted, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or {})
+    where, shapes, _ = read_headers(folder)
+    absent = wanted.keys() - where.keys()
+    found = {
+        "missing keys": absent - tied,
+        "unexpected keys": where.keys() - wanted.keys(),
+        "mismatched keys": {n for n in wanted.keys() - absent if shapes[n] != tuple(wanted[n].shape)},
+    }
+    refuse_keys(found, folder)
+    return absent
+
+
 def check_filled(model: nn.Module, where: str | Path) -> None:
     """Check that every stored tensor of `model`, which transformers loaded from `where`, came from a file.
 
     transformers only warns of tensors that it did not find and leaves packed ones as uninitialized memory. It marks each tensor that it
-    loads; where accelerate then moves tensors between several devices the marks are lost, and nothing can be said.
+    loads; where accelerate then moves tensors between several devices the marks are lost, and `check_names` must do.
 
     Raises:
         BadInput: the tensors that were not loaded.
     """
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 or "disk" in devices:
         return
     tensors = model.state_dict(keep_vars=True).items()
     names = [name for name, t in tensors if not getattr(t, "_is_hf_initialized", False)]
     refuse_keys({"missing keys or keys of another shape": names}, where)
-
-
-def check_present(model: nn.Module, where: str | Path) -> None:
-    """Check that no packed tensor was left on "meta", where accelerate puts what it reads from disk for each call.
-
-    Raises:
-        BadInput: the first that was, and how to run blocks from disk instead.
-    """
-    name = next((name for name, t in model.named_buffers() if t.is_meta), None)
-    if name is not None:
-        mend = "leave out offload_buffers, or stream the blocks: ptq.load(DIR, stream=True)"
-        raise BadInput(f"{where}: {name} was offloaded, but packed tensors are needed while the model loads; {mend}")
 
 
 def _check_linear(linear: Linear) -> None:

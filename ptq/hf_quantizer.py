@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lowbit
@@ -13,8 +14,9 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptq import offload
 from ptq.architectures import FAMILIES, Spec, has_experts
-from ptq.consistency import check_filled, check_packed, check_present
+from ptq.consistency import check_filled, check_names, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.sites import block_sites, norm_of
 
@@ -65,16 +67,18 @@ class PtqQuantizer(HfQuantizer):
                 parent._is_hf_initialized = True
         for block in model.get_submodule(spec.blocks):
             block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = self.quantization_config.softmax_bits
+        if kwargs.get("device_map") is not None:
+            if kwargs.get("checkpoint_files"):  # `check_filled` finds nothing out once tensors have moved
+                check_names(model, Path(kwargs["checkpoint_files"][0]).parent)
+            offload.show_parameters(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        check_present(model, model.name_or_path)
         check_filled(model, model.name_or_path)
+        offload.settle(model)
         check_packed(model, model.name_or_path)
-        skip_zeros(model)
-        if model.dtype == torch.float32:  # the kernels take no other
-            run_on_integers(model, spec_of(model.config))
+        waiting = make_fast(model, spec_of(model.config))
         self.attach(model)
-        if model.dtype == torch.float32:
+        if model.dtype == torch.float32 and not waiting:
             from ptq.native_decode import decode_natively
 
             decode_natively(model, spec_of(model.config))
@@ -102,22 +106,34 @@ class PtqQuantizer(HfQuantizer):
         return False
 
 
-def run_on_integers(model: nn.Module, spec: Spec) -> None:
-    """Let every input site run on integer kernels whose linears all can, and a packed output head."""
-    run_head_on_integers(model)
-    for block in model.get_submodule(spec.blocks):
-        run_block_on_integers(block, spec)
+def make_fast(model: nn.Module, spec: Spec) -> bool:
+    """Let linears leave out zeros where that is faster, and run on integer kernels where all of an input site can.
+
+    Returns:
+        whether tensors of blocks or head are offloaded; then they come a block at a time.
+    """
+    blocks, waiting = list(model.get_submodule(spec.blocks)), False
+    for part in [*blocks, model.get_output_embeddings()]:
+        with offload.at_hand(part):
+            skip_zeros(part)
+            if model.dtype == torch.float32:  # the kernels take no other
+                if part in blocks:
+                    run_block_on_integers(part, spec)
+                else:
+                    run_head_on_integers(model)
+        waiting |= offload.let_go(part)
+    return waiting
 
 
 def run_head_on_integers(model: nn.Module) -> None:
-    """`run_on_integers` of the output head alone."""
+    """Let a packed output head run on integer kernels."""
     head = model.get_output_embeddings()
     if isinstance(head, lowbit.Linear):
         integer.take([head])
 
 
 def run_block_on_integers(block: nn.Module, spec: Spec) -> None:
-    """`run_on_integers` of one block."""
+    """Let every input site of a block run on integer kernels whose linears all can."""
     for site in block_sites(spec, block):
         linears, norm = [block.get_submodule(path) for path in site.linears], norm_of(block, site)
         if site.router is None and all(isinstance(linear, lowbit.Linear) for linear in linears):

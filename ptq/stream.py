@@ -22,7 +22,7 @@ from torch import nn
 from ptq.architectures import Spec
 from ptq.blocks import skeleton
 from ptq.checkpoint import is_compressed
-from ptq.consistency import check_grids, check_packed, refuse_keys
+from ptq.consistency import check_grids, check_names, check_packed
 from ptq.errors import BadInput
 from ptq.hf_quantizer import PtqConfig, PtqQuantizer, run_block_on_integers, run_head_on_integers, skip_zeros, spec_of
 from ptq.native_decode import decode_natively
@@ -152,13 +152,11 @@ def load_streamed(path: Path, config: Any, *, device: str, dtype: torch.dtype | 
         raise BadInput(f"streaming runs on the CPU in float32, not on {device} in {dtype}; choose cpu, and no dtype")
     model, checkpoint = _empty_model(path, config)
     spec = spec_of(config)
-    wanted = model.state_dict()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    absent = check_names(wanted, tied, checkpoint)
+    absent = check_names(model, path)
     drop = {
         f"{spec.blocks}.{i}.{local}" for i, b in enumerate(model.get_submodule(spec.blocks)) for local in _streamed(b)
     }
-    fill(model, "", {name: t for name, t in wanted.items() if name not in drop | absent}, checkpoint)
+    fill(model, "", {name: t for name, t in model.state_dict().items() if name not in drop | absent}, checkpoint)
     model.tie_weights(missing_keys=set(absent))
     check_grids(model, path)
     check_packed(model.get_output_embeddings(), path)
@@ -178,22 +176,6 @@ def _empty_model(path: Path, config: Any) -> tuple[nn.Module, Checkpoint]:
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model, checkpoint
-
-
-def check_names(wanted: dict[str, torch.Tensor], tied: set[str], checkpoint: Checkpoint) -> set[str]:
-    """The tied names of `wanted` that the checkpoint leaves out.
-
-    Raises:
-        BadInput: other names that it lacks, tensors that nothing wants, or of other shapes.
-    """
-    absent = wanted.keys() - checkpoint.where.keys()
-    found = {
-        "missing keys": absent - tied,
-        "unexpected keys": checkpoint.where.keys() - wanted.keys(),
-        "mismatched keys": {n for n in wanted.keys() - absent if checkpoint.shapes[n] != tuple(wanted[n].shape)},
-    }
-    refuse_keys(found, checkpoint.folder)
-    return absent
 
 
 def _stream_blocks(model: nn.Module, spec: Spec, checkpoint: Checkpoint) -> None:

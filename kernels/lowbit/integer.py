@@ -6,8 +6,6 @@ first left over: 16 bits, 2^-15 of a tile's largest number.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +26,7 @@ def runs(x: Tensor, quantizer) -> bool:
     """
     wanted = x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
     short = quantizer is not None or x.numel() <= FEW_TOKENS * x.shape[-1]
-    return wanted and short and native.fast_avx2()
+    return wanted and short and (torch.compiler.is_compiling() or native.fast_avx2())
 
 
 def take(linears, norm=None) -> bool:
@@ -43,23 +41,13 @@ def take(linears, norm=None) -> bool:
     weights = [_laid_out(linear, quantizer) for linear, quantizer in zip(linears, quantizers)]
     if any(weight is None for weight in weights):
         return False
-    _keep_from_compiler()
     for linear, weight in zip(linears, weights):
-        linear.planar = weight
+        linear.planar, _ = weight, weight.tables  # these are made now: a graph that is compiled could not
     if norm is not None and norm.quantizer is not None:
         norm.handed_over = True
         for linear in linears:
             linear.taken_over = (norm.quantizer,)  # in a tuple, where it is no second owner of its tensors
     return True
-
-
-@cache
-def _keep_from_compiler() -> None:
-    """torch.compile leaves `product` as it is: traced, calls of the library give wrong numbers.
-
-    Not sooner than a linear is taken, because it imports the compiler, which takes seconds.
-    """
-    globals()["product"] = torch.compiler.disable(product)
 
 
 def _laid_out(linear, quantizer) -> PlanarWeight | None:
@@ -69,12 +57,17 @@ def _laid_out(linear, quantizer) -> PlanarWeight | None:
         return None
     if quantizer is not None and not _takes(quantizer, linear.in_features):
         return None
-    stored = linear.weight_packed, linear.weight_scale, linear.weight_zero, linear.weight_groups
-    fine = None if linear.fine is None else (linear.weight_rest, linear.weight_rest_zero, linear.weight_fine)
     try:
-        return planar_weight(*stored, bits=linear.bits, channels=linear.in_features, fine=fine)
+        return laid_out(linear)
     except ValueError:  # groups inside a tile
         return None
+
+
+def laid_out(linear) -> PlanarWeight:
+    """A `lowbit.Linear`'s codes and grids as the integer kernels read them. Raises ValueError for groups inside a tile."""
+    stored = linear.weight_packed, linear.weight_scale, linear.weight_zero, linear.weight_groups
+    fine = None if linear.fine is None else (linear.weight_rest, linear.weight_rest_zero, linear.weight_fine)
+    return planar_weight(*stored, bits=linear.bits, channels=linear.in_features, fine=fine)
 
 
 def _takes(quantizer, channels: int) -> bool:
@@ -94,19 +87,32 @@ def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> 
     flat = x.reshape(-1, x.shape[-1])  # [..., C] -> [T, C]
     bias = None if bias is None else bias.float()
     if quantizer is None:
-        y = _unrounded(flat, weight, bias)
+        y = unrounded(flat, weight, bias)
     else:
         y = _rounded(flat, weight, bias, quantizer)
         spared = quantizer.spared(x)
         if spared is not None:
             rows = spared.flatten()  # [..., 1] -> [T]
-            y[rows] = _unrounded(flat[rows], weight, bias)
+            if torch.compiler.is_compiling():
+                y = _kernels().spare(y, rows, flat, weight, bias)
+            else:
+                y[rows] = unrounded(flat[rows], weight, bias)
     return y.view(*x.shape[:-1], weight.rows)  # [T, R] -> [..., R]
 
 
-def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
-    from lowbit.cpu import planar as cpu
+def _kernels():
+    """The module of the kernels' functions; of their operators while a graph is compiled."""
+    if torch.compiler.is_compiling():
+        from lowbit import library
 
+        return library
+    from lowbit.cpu import planar
+
+    return planar
+
+
+def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
+    cpu = _kernels()
     x, again = x.contiguous(), {"repeats": weight.repeats}
     if quantizer.mode == "static":
         codes = cpu.quantize_static(x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long(), **again)
@@ -117,10 +123,9 @@ def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) ->
     return cpu.planar_linear(*codes, weight, bias)
 
 
-def _unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
+def unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
     """x W^T + bias with each number of x as a sum of EXACT int8 codes: x [T, C] -> [T, R]."""
-    from lowbit.cpu import planar as cpu
-
+    cpu = _kernels()
     a, step = exact_codes(x, EXACT)  # [N, T, Kp], [N, T, G]
     counts = step * a.unflatten(2, (-1, TILE)).sum(3, dtype=torch.int32)  # [N, T, G, 64] -> [N, T, G]
     a, step, _, counts = repeat_tiles((a, step, None, counts), x.shape[1], weight.repeats)

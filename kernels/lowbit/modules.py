@@ -81,9 +81,9 @@ class ActivationQuantizer(nn.Module):
         return torch.where(sink_rows(x), x, self._rounded(x))
 
     def spared(self, x: torch.Tensor) -> torch.Tensor | None:
-        """bool [..., 1]: the tokens of x that stay as they are, None if all are rounded."""
+        """bool [..., 1]: the tokens of x that stay as they are, None if all are rounded (which a graph being compiled cannot know)."""
         rows = sink_rows(x) if self.sinks else None
-        return rows if rows is not None and rows.any() else None
+        return rows if rows is not None and (torch.compiler.is_compiling() or rows.any()) else None
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "static":

@@ -87,6 +87,10 @@ def quantize_activation_tiles(x: torch.Tensor, bits: torch.Tensor, sizes: torch.
 
 def tile_extremes(x: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """min(x, 0) and max(x, 0) over each tile: x [..., C], sizes int64 [G] -> [..., G] each."""
+    if torch.compiler.is_compiling():  # a graph must not depend on the numbers in `sizes`
+        zeros = x.new_zeros(*x.shape[:-1], sizes.numel())  # [..., G]
+        owner = torch.arange(sizes.numel(), device=x.device).repeat_interleave(sizes, output_size=x.shape[-1])
+        return tuple(zeros.scatter_reduce(-1, owner.expand_as(x), x, extreme) for extreme in ("amin", "amax"))
     if _equal(sizes):
         tiles = x.unflatten(-1, (sizes.numel(), -1))  # [..., C] -> [..., G, n]
     else:
@@ -99,8 +103,8 @@ def tile_extremes(x: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _equal(sizes: torch.Tensor) -> bool:
-    """Whether all tiles are as wide, so that a view will do."""
-    return bool((sizes == sizes[0]).all())
+    """Whether all tiles are as wide, so that a view will do; a graph that is being compiled cannot know."""
+    return not torch.compiler.is_compiling() and bool((sizes == sizes[0]).all())
 
 
 def dequantize_weight(

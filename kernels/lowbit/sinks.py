@@ -19,6 +19,16 @@ from torch.utils.hooks import RemovableHandle
 _ROWS: ContextVar[Tensor | None] = ContextVar("sink rows", default=None)
 
 
+class _Seen:
+    """The last announcement of any thread, for graphs of torch.compile, which cannot read context variables; `traced`: one made it."""
+
+    rows: Tensor | None = None
+    traced = False
+
+
+_SEEN = _Seen()
+
+
 def leading(batch: int, tokens: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """bool [B, T]: the first `count` tokens of windows that begin at their first token and have no padding."""
     return (torch.arange(tokens, device=device) < count).expand(batch, tokens)
@@ -37,13 +47,22 @@ def arriving(batch: int, tokens: int, count: int, *, held: int, attended: Tensor
 
 def announce(rows: Tensor | None) -> None:
     """Say which rows bool [B, T] of the activations that follow are sinks; None withdraws it."""
-    _ROWS.set(rows)
+    _SEEN.rows, _SEEN.traced = rows, torch.compiler.is_compiling()
+    if not torch.compiler.is_compiling():
+        _ROWS.set(rows)
+
+
+def _announced() -> Tensor | None:
+    if torch.compiler.is_compiling():
+        return _SEEN.rows
+    rows = _ROWS.get()
+    return _SEEN.rows if rows is None and _SEEN.traced else rows
 
 
 @contextmanager
 def of_sequences(rows: slice) -> Iterator[None]:
     """Within, what was announced holds for these sequences of the batch only, which run apart."""
-    known = _ROWS.get()
+    known = _announced()
     announce(None if known is None else known[rows])
     try:
         yield
@@ -57,7 +76,7 @@ def sink_rows(x: Tensor) -> Tensor:
     Raises:
         ValueError: nothing was announced, or for another number of rows.
     """
-    rows = _ROWS.get()
+    rows = _announced()
     if rows is None or rows.numel() != x[..., 0].numel():
         known = "none" if rows is None else f"those of {rows.numel()} tokens"
         raise ValueError(
