@@ -1,8 +1,8 @@
-"""Generation without Python between the modules: one native call runs some tokens of each sequence through consecutive decoder blocks.
+"""Decoding without Python between the modules: one native call runs one token a sequence through consecutive decoder blocks.
 
 A `Decoder` is made of blocks whose linears run on integer kernels (`lowbit.integer.take`) and computes what the blocks compute, to
-float32's accuracy. `attach` puts it into a transformers model, where it takes the steps it can, prefill included; every step that it
-cannot take is run by the modules on the same cache.
+float32's accuracy. `attach` puts it into a transformers model, where it takes the steps it can; prefill, and every step that it cannot
+take, is run by the modules on the same cache.
 """
 
 from __future__ import annotations
@@ -19,16 +19,9 @@ from lowbit.cache import PackedCacheLayer
 from lowbit.cpu import decode as cpu
 from lowbit.cpu import native
 from lowbit.decode_blocks import ACTIVATIONS, block_of, most_sinks
-from lowbit.decode_cache import Room, start
+from lowbit.decode_cache import Room
 from lowbit.decode_cache import obstacle as cache_obstacle
-from lowbit.integer import FEW_TOKENS
-from lowbit.modules import ActivationQuantizer
-from lowbit.sinks import leading, sink_rows
-from lowbit.spared import Spared
-
-PREFILL_TOKENS = (
-    1024  # of all sequences together, that go through a block at a time: what is held between phases grows with them
-)
+from lowbit.sinks import sink_rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class CannotStep(ValueError):
 
 
 class Decoder:
-    """Runs tokens through `blocks` natively; they are layers `first`, `first` + 1, ... of the caches it is given.
+    """Runs one token a sequence through `blocks` natively; they are layers `first`, `first` + 1, ... of the caches it is given.
 
     What the blocks compute is read now: make a new one when their tensors change.
 
@@ -77,8 +70,6 @@ class Decoder:
         _check(blocks, roles, shape)
         self.roles, self.shape, self.layers = roles, shape, range(first, first + len(blocks))
         self.sinks = max(most_sinks(block) for block in blocks)
-        quantizers = [m for block in blocks for m in block.modules() if isinstance(m, ActivationQuantizer)]
-        self._spare_alike = {q.sinks for q in quantizers} <= {self.sinks}
         self._keep: list[Tensor] = []
         self._blocks = (cpu.Block * len(blocks))()
         self._channels = blocks[0].get_submodule(roles.qkv[0]).in_features
@@ -96,42 +87,28 @@ class Decoder:
         self, hidden: Tensor, cache: Cache, turn: Turn | None = None, mask: Tensor | None = None
     ) -> str | None:
         """Why `step` cannot run with these, in one line; None if it can."""
-        if hidden.ndim != 3 or hidden.shape[2] != self._channels or hidden.dtype != torch.float32 or not hidden.is_cpu:
-            return f"hidden states of {list(hidden.shape)} {hidden.dtype} on {hidden.device}, not float32 tokens on the CPU"
+        if hidden.shape[1:] != (1, self._channels) or hidden.dtype != torch.float32 or not hidden.is_cpu:
+            return f"hidden states of {list(hidden.shape)} {hidden.dtype} on {hidden.device}, not one float32 token on the CPU"
         if torch.is_grad_enabled() and hidden.requires_grad:
             return "gradients are asked for"
         why = None if self._served(cache) else cache_obstacle(cache, self.layers, self.shape, self.roles.rotary)
         if why is not None:
             return why
-        batch, tokens, _ = hidden.shape
-        held = cache.get_seq_length(self.layers.start)
-        if held and len(cache.layers[self.layers.start].keys) != batch:
-            return f"{batch} sequences, {len(cache.layers[self.layers.start].keys)} in the cache"
-        if not batch * tokens or batch * tokens > FEW_TOKENS and self._unrounded():
-            return f"{batch * tokens} tokens, of which some linear rounds none"
-        if not self._turns(turn, batch, tokens):
-            return f"cosines and sines do not fit {tokens} tokens a sequence and {self.shape.rotary_dim} channels"
-        if mask is not None and mask.shape not in {(b, 1, tokens, held + tokens) for b in (1, batch)}:
-            return f"a mask of {list(mask.shape)} for {tokens} of {held + tokens} tokens"
-        return self._sink_obstacle(hidden, cache, held) if self.sinks else None
-
-    def _sink_obstacle(self, hidden: Tensor, cache: Cache, held: int) -> str | None:
-        count = _first_sinks(hidden)
-        if count is None or held and count:
-            return "a token is an attention sink, and not among the first of every sequence"
-        grids = [getattr(cache.layers[i], "grid", None) for i in self.layers]
-        if count and not (self._spare_alike and all(grid is None or grid.sinks for grid in grids)):
-            return "a token is an attention sink to some quantizers, and none to others"
+        batch, _, held, _ = cache.layers[self.layers.start].keys.shape
+        if batch != len(hidden):
+            return f"{len(hidden)} sequences, {batch} in the cache"
+        if not self._turns(turn, batch):
+            return f"cosines and sines do not fit one token a sequence and {self.shape.rotary_dim} channels"
+        if mask is not None and mask.shape not in {(b, 1, 1, held + 1) for b in (1, batch)}:
+            return f"a mask of {list(mask.shape)} for {held + 1} tokens"
+        if self.sinks and sink_rows(hidden).any():
+            return "a token is an attention sink"
         return None
 
-    def _unrounded(self) -> bool:
-        """Whether some linear multiplies inputs that have no grid."""
-        return any(getattr(block, site).exact for block in self._blocks for site in ("qkv", "output", "up", "down"))
-
-    def _turns(self, turn: Turn | None, batch: int, tokens: int) -> bool:
+    def _turns(self, turn: Turn | None, batch: int) -> bool:
         if turn is None or self.roles.rotary is None:
             return (turn is None) == (self.roles.rotary is None)
-        return all(t.shape in {(b, tokens, self.shape.rotary_dim) for b in (1, batch)} for t in turn)
+        return all(t.shape in {(b, 1, self.shape.rotary_dim) for b in (1, batch)} for t in turn)
 
     def step(
         self,
@@ -142,17 +119,17 @@ class Decoder:
         mask: Tensor | None = None,
         path: str = "fastest",
     ) -> Tensor:
-        """The blocks' output for the next tokens of each sequence, which are appended to the cache; on torch.get_num_threads() threads.
+        """The blocks' output for one token a sequence, which is appended to the cache; on torch.get_num_threads() threads.
 
         Args:
-            hidden: float32 [B, T, C].
-            cache: a `PackedCache` or DynamicCache. Its layers get views of a tensor with spare capacity.
-            turn: cosines and sines of the tokens' positions, [B or 1, T, rotary_dim] each, both halves alike; None without rotary.
-            mask: [B or 1, 1, T, held + T], bool (true: look) or added to the scores; None: each token looks at those up to itself.
+            hidden: float32 [B, 1, C].
+            cache: a `PackedCache` or DynamicCache that holds at least one token. Its layers get views of a tensor with spare capacity.
+            turn: cosines and sines of the tokens' positions, [B or 1, 1, rotary_dim] each, both halves alike; None without rotary.
+            mask: [B or 1, 1, 1, held + 1], bool (true: look) or added to the scores.
             path: as for the sweep.
 
         Returns:
-            float32 [B, T, C].
+            float32 [B, 1, C].
 
         Raises:
             CannotStep: what `obstacle` says.
@@ -161,105 +138,46 @@ class Decoder:
         why = self.obstacle(hidden, cache, turn, mask)
         if why is not None:
             raise CannotStep(f"no native step: {why}; run the blocks")
+        return self._run(hidden, cache, turn, mask, path)
+
+    def _run(self, hidden: Tensor, cache: Cache, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
         y = hidden.detach().clone(memory_format=torch.contiguous_format)
         half = self.shape.rotary_dim // 2
-        turn = None if turn is None else tuple(t[..., :half].float() for t in turn)  # [B or 1, T, R/2]
-        mask = None if mask is None else _added(mask)
-        self._begin(cache, len(hidden), turn)
-        if hidden.shape[1] == 1 and not (self.sinks and _first_sinks(hidden)):
-            self._advance(cache, y, turn, mask, path)
-            return y
-        return self._prefill(cache, y, turn, mask, path)
-
-    def _begin(self, cache: Cache, batch: int, turn: Turn | None) -> None:
-        """Let an empty cache hold no token of each sequence."""
-        layers = [cache.layers[i] for i in self.layers]
-        if layers[0].get_seq_length() == 0:
-            start(layers, batch, self.shape)
-            for i, layer in zip(self.layers, layers):
-                if turn is not None and isinstance(layer, PackedCacheLayer):
-                    cache.announce(i, turn[0], *(t[:, :0] for t in turn))
-
-    def _prefill(self, cache: Cache, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
-        """Sinks first, which round nothing; then as many tokens at a time as memory should hold."""
-        batch, tokens, _ = y.shape
-        sinks, held = _first_sinks(y) if self.sinks else 0, cache.get_seq_length(self.layers.start)
-        starts = [0] * bool(sinks) + [*range(sinks, tokens, max(1, PREFILL_TOKENS // batch))]
-        parts = []
-        for begin, end in zip(starts, [*starts[1:], tokens]):
-            part = y[:, begin:end].contiguous()
-            some = None if turn is None else tuple(t[:, begin:end] for t in turn)
-            seen = None if mask is None else mask[:, begin:end, : held + end]
-            advance = self._spare if begin < sinks else self._advance
-            advance(cache, part, some, seen, path)
-            parts.append(part)
-        return torch.cat(parts, 1)
-
-    def _advance(self, cache: Cache, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> None:
-        """Tokens y [B, T, C] through the blocks, in place. turn: [B or 1, T, R/2] each. mask: float32 [B or 1, T, held + T]."""
-        tokens = y.shape[1]
-        seat = self._seat(cache, tokens, 1 if turn is None else max(len(t) for t in turn))
-        if turn is not None and seat.room.cos is not None:
-            seat.room.turn(*turn)
-        self._run(seat, y, turn, mask, path)
-        seat.room.show(seat.room.tokens + tokens)
-
-    def _spare(self, cache: Cache, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> None:
-        """`_advance` of attention sinks, the first tokens of all sequences, whose keys and values stay in full precision."""
-        (batch, tokens, _), layers = y.shape, [cache.layers[i] for i in self.layers]
-        full = [DynamicLayer() for _ in layers]
-        start(full, batch, self.shape)
-        room = Room(full, rows=1, more=tokens)
-        self._run(self._take_seat(room), y, turn, mask, path, spared=True)
-        room.show(tokens)
-        for layer, kept in zip(layers, full):
-            keys, values = kept.keys.clone(), kept.values.clone()
-            if isinstance(layer, PackedCacheLayer):
-                rows, at = torch.ones(batch, tokens, dtype=torch.bool), torch.arange(tokens)
-                layer.spared = Spared(keys, values, rows, at)
-                keys, values = (
-                    torch.zeros(*t.shape[:3], layer.keys.shape[3], dtype=torch.uint8) for t in (keys, values)
-                )
-            layer.keys, layer.values = keys, values
-        rotation = getattr(layers[0], "rotation", None)
-        if rotation is not None:
-            rotation.append(*turn)
-
-    def _run(
-        self, seat: _Seat, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str, *, spared: bool = False
-    ) -> None:
-        tokens, step, memory = y.shape[1], seat.step, seat.memory
+        cos, sin = (
+            (None, None) if turn is None else (t[:, 0, :half].float().contiguous() for t in turn)
+        )  # [B or 1, R/2]
+        seat = self._seat(cache, 1 if cos is None else max(len(cos), len(sin)))
+        room, step = seat.room, seat.step
+        if room.cos is not None:
+            room.turn(cos, sin)
         alive: list[Tensor] = []
-        if tokens > 1 or spared:
-            step = cpu.Step.from_buffer_copy(step)
-            step.tokens, step.spared, step.held = tokens, spared, seat.room.tokens
-            memory = cpu.scratch(step)
-        cos, sin = (None, None) if turn is None else (t.contiguous() for t in turn)
-        step.held, step.hidden = seat.room.tokens, cpu.address(y, alive)
+        step.held, step.hidden = room.tokens, cpu.address(y, alive)
         step.cos, step.sin = cpu.address(cos, alive), cpu.address(sin, alive)
-        step.turn_stride = 0 if cos is None or len(cos) == 1 else tokens * cos.shape[2]
-        mask = None if mask is None else mask.contiguous()
-        step.mask, step.mask_stride = cpu.address(mask, alive), 0 if mask is None or len(mask) == 1 else mask[0].numel()
-        self._pass(step, seat.blocks, memory, path)
+        step.turn_stride = 0 if cos is None or len(cos) == 1 else half
+        mask = None if mask is None else _added(mask)
+        step.mask, step.mask_stride = cpu.address(mask, alive), 0 if mask is None or len(mask) == 1 else mask.shape[1]
+        self._pass(seat, path)
+        room.show(room.tokens + 1)
+        return y
 
-    def _pass(self, step: cpu.Step, blocks: Array, memory: Tensor, path: str) -> None:
-        """Run a step through all blocks."""
-        cpu.run(step, memory, path=path)
+    def _pass(self, seat: _Seat, path: str) -> None:
+        """Run the seat's step through all blocks."""
+        cpu.run(seat.step, seat.memory, path=path)
 
     def _served(self, cache: Cache) -> bool:
         """Whether the cache holds what the last step left there."""
         seat = self._seats.get(cache)
         return seat is not None and seat.room.shown_in([cache.layers[i] for i in self.layers])
 
-    def _seat(self, cache: Cache, tokens: int, rows: int) -> _Seat:
-        """Room for so many more tokens in the cache, and the step that writes one there."""
+    def _seat(self, cache: Cache, rows: int) -> _Seat:
+        """Room for another token of the cache, and the step that writes there."""
         layers = [cache.layers[i] for i in self.layers]
         rotation = getattr(layers[0], "rotation", None)
         rows = rows if rotation is None else max(rows, len(rotation.cos))
         seat = self._seats.get(cache)
-        fits = seat is not None and seat.threads == torch.get_num_threads() and seat.room.takes(tokens, rows)
+        fits = seat is not None and seat.threads == torch.get_num_threads() and seat.room.takes(rows)
         if not fits or not self._served(cache):
-            seat = self._seats[cache] = self._take_seat(Room(layers, rows=rows, more=tokens))
+            seat = self._seats[cache] = self._take_seat(Room(layers, rows=rows))
         return seat
 
     def _take_seat(self, room: Room) -> _Seat:
@@ -268,7 +186,7 @@ class Decoder:
         for block, layer, held in zip(blocks, room.layers, room.held):
             block.cache = _cache(layer, held, keep)
         shape, half = self.shape, self.shape.rotary_dim // 2
-        step = cpu.Step(batch=room.held.shape[2], tokens=1, channels=self._channels, blocks=len(blocks), block=blocks)
+        step = cpu.Step(batch=room.held.shape[2], channels=self._channels, blocks=len(blocks), block=blocks)
         step.heads, step.kv_heads, step.width, step.half = shape.heads, shape.kv_heads, shape.head_dim, half
         step.capacity, step.held = room.capacity, room.capacity - 1  # the most tokens that the memory must do for
         step.all_cos, step.all_sin = cpu.address(room.cos, keep), cpu.address(room.sin, keep)
@@ -327,15 +245,8 @@ def _cache(layer: DynamicLayer, held: Tensor, keep: list[Tensor]) -> cpu.Cache:
 
 
 def _added(mask: Tensor) -> Tensor:
-    """[B or 1, 1, T, S], bool or not -> what is added to the scores, float32 [B or 1, T, S]."""
-    mask = mask[:, 0]
+    """[B or 1, 1, 1, S], bool or not -> what is added to the scores, float32 [B or 1, S]."""
+    mask = mask[:, 0, 0]
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    return mask.float()
-
-
-def _first_sinks(hidden: Tensor) -> int | None:
-    """How many tokens of hidden [B, T, C], the first of every sequence, are attention sinks; None if others are."""
-    rows = sink_rows(hidden).squeeze(-1)  # [B, T, 1] -> [B, T]
-    count = int(rows[0].sum())
-    return count if torch.equal(rows, leading(len(rows), rows.shape[1], count)) else None
+    return mask.float().contiguous()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from ctypes import Array
 
 from torch import Tensor, nn
 
 from lowbit.cpu import decode as cpu
-from lowbit.decode import CannotStep, Decoder, Roles, Shape
+from lowbit.decode import CannotStep, Decoder, Roles, Shape, _Seat
 from lowbit.decode_blocks import block_of
 
 
@@ -51,16 +50,13 @@ class StreamedDecoder(Decoder):
         """Let go of the tensors of block i."""
         self._there.pop(i, None)
 
-    def obstacle(self, hidden: Tensor, *args, **kwargs) -> str | None:
-        """As of `Decoder`; a block that cannot run natively stands in the way of every step once it has been read.
+    def obstacle(self, *args, **kwargs) -> str | None:
+        """As of `Decoder`; a block that cannot run natively stands in the way of every step once it has been read."""
+        return self._why_not or super().obstacle(*args, **kwargs)
 
-        Prefill is left to the blocks: natively it would come in parts, each of which would read every block again.
-        """
-        why = "a streamed prefill passes each block once" if hidden.shape[1] > 1 else self._why_not
-        return why or super().obstacle(hidden, *args, **kwargs)
-
-    def _pass(self, step: cpu.Step, blocks: Array, memory: Tensor, path: str) -> None:
-        for i, empty in enumerate(blocks):
+    def _pass(self, seat: _Seat, path: str) -> None:
+        step = seat.step
+        for i, empty in enumerate(seat.blocks):
             with self._visit(i):
                 if i not in self._there:
                     raise CannotStep(f"no native step: {self._why_not}; run the blocks")

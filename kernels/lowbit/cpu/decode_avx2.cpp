@@ -1,4 +1,4 @@
-// A step of decoding in AVX2; has_avx2() says who may run it.
+// One decoded token in AVX2; has_avx2() says who may run it.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>
@@ -32,9 +32,8 @@ void add_across(const vec *v, float *sums) {
 }  // namespace
 
 #include "decode_math.h"
-#include "decode_panel.h"
 
-const DecodePath avx2_decode_path = {norm, rotate, activate, score, mix, append, attend_panel};
+const DecodePath avx2_decode_path = {norm, rotate, activate, score, mix};
 
 #if defined(__clang__)
 #pragma clang attribute pop
