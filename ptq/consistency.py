@@ -12,7 +12,6 @@ from lowbit.modules import ActivationQuantizer, Linear, Norm
 from torch import nn
 
 from ptq.errors import BadInput
-from ptq.source import read_headers
 from rptq.order import check_permutation, check_sizes
 
 WIDTHS = (*range(2, 9), 16)
@@ -52,24 +51,23 @@ def refuse_keys(found: Mapping[str, Iterable[str]], where: str | Path) -> None:
             raise BadInput(f"{where}: {problem}: {', '.join(names[:3])} ({len(names)}); the checkpoint is corrupt")
 
 
-def check_names(model: nn.Module, folder: Path) -> set[str]:
-    """Check the names and shapes of a folder's tensors against those of `model`, which is on "meta"; no tensor is read.
+def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> set[str]:
+    """Check the names and shapes of a checkpoint's tensors, of the headers of `where`, against those of `model`, which is on "meta".
 
     Returns:
-        the tied names of the model that the folder leaves out.
+        the tied names of the model that the checkpoint leaves out.
 
     Raises:
         BadInput: other names that it lacks, tensors that nothing wants, or of other shapes.
     """
     wanted, tied = model.state_dict(), set(getattr(model, "all_tied_weights_keys", None) or {})
-    where, shapes, _ = read_headers(folder)
-    absent = wanted.keys() - where.keys()
+    absent = wanted.keys() - shapes.keys()
     found = {
         "missing keys": absent - tied,
-        "unexpected keys": where.keys() - wanted.keys(),
+        "unexpected keys": shapes.keys() - wanted.keys(),
         "mismatched keys": {n for n in wanted.keys() - absent if shapes[n] != tuple(wanted[n].shape)},
     }
-    refuse_keys(found, folder)
+    refuse_keys(found, where)
     return absent
 
 

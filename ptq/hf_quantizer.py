@@ -19,6 +19,7 @@ from ptq.architectures import FAMILIES, Spec, has_experts
 from ptq.consistency import check_filled, check_names, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.sites import block_sites, norm_of
+from ptq.source import read_headers
 
 
 class PtqConfig(QuantizationConfigMixin):
@@ -69,7 +70,9 @@ class PtqQuantizer(HfQuantizer):
             block.get_submodule(spec.output.rpartition(".")[0]).softmax_bits = self.quantization_config.softmax_bits
         if kwargs.get("device_map") is not None:
             if kwargs.get("checkpoint_files"):  # `check_filled` finds nothing out once tensors have moved
-                check_names(model, Path(kwargs["checkpoint_files"][0]).parent)
+                folder = Path(kwargs["checkpoint_files"][0]).parent
+                _, shapes, _ = read_headers(folder)
+                check_names(model, shapes, folder)
             offload.show_parameters(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

@@ -152,7 +152,7 @@ def load_streamed(path: Path, config: Any, *, device: str, dtype: torch.dtype | 
         raise BadInput(f"streaming runs on the CPU in float32, not on {device} in {dtype}; choose cpu, and no dtype")
     model, checkpoint = _empty_model(path, config)
     spec = spec_of(config)
-    absent = check_names(model, path)
+    absent = check_names(model, checkpoint.shapes, path)
     drop = {
         f"{spec.blocks}.{i}.{local}" for i, b in enumerate(model.get_submodule(spec.blocks)) for local in _streamed(b)
     }

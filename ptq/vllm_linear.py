@@ -86,6 +86,7 @@ class PackedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        """Make empty packed linears, and for each name of their tensors a parameter by which vLLM finds the loader of all parts."""
         self.on_integers = params_dtype == torch.float32
         shapes = [(input_size, rows) for rows in output_partition_sizes]
         likes = [nn.Linear(*shape, bias=False, device="meta", dtype=params_dtype) for shape in shapes]
@@ -107,6 +108,7 @@ class PackedLinearMethod(LinearMethodBase):
         layer.absent.discard((i, name))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Take the parameters away, check what was loaded and lay it out for the kernels; ValueError for a tensor that is missing."""
         if layer.absent:
             i, name = min(layer.absent)
             raise ValueError(

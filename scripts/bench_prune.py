@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from _tables import command, describe_machine, made_with, markdown, write, write_json
+from _bench import CannotMeasure, publish
+from _tables import describe_machine, markdown
 from peers.column_loop import prune_by_columns
 
 HERE = Path(__file__).resolve().parent
@@ -49,10 +50,6 @@ _, status, usage = os.wait4(child, 0)
 with open(sys.argv[1], "w") as file:
     json.dump({"status": os.waitstatus_to_exitcode(status), "maxrss": usage.ru_maxrss}, file)
 """
-
-
-class CannotMeasure(Exception):
-    """One line: what, where, how to mend."""
 
 
 def run_child(words, args, scratch):
@@ -381,7 +378,7 @@ def measure(args):
 
     from ptq.errors import PtqError
 
-    found = {"made_by": command(sys.argv[1:]), "made_with": made_with(args.threads)}
+    found = {}
     if args.only != "layers":
         check_inputs(args)
         found |= {"model": args.model.name, "calib": args.calib.name}
@@ -398,15 +395,7 @@ def measure(args):
 def main():
     args = parse()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        found = measure(args)
-    except CannotMeasure as err:
-        print(f"bench_prune: {err}", file=sys.stderr)
-        return 2
-    write_json(args.out.with_suffix(".json"), found)
-    write(args.out.with_suffix(".md"), page(found))
-    print(page(found), end="")
-    return 0
+    return publish(lambda: measure(args), page, args.out, args.threads)
 
 
 if __name__ == "__main__":

@@ -94,14 +94,13 @@ def _run_linear(a, step, shift, count, planes, scale, tables, bias, bits, terms)
 
 
 def _run_spare(y, rows, x, planes, scale, tables, repeats, bias, bits):
-    y, weight = y.clone(), _weight(planes, scale, tables, bits)
-    weight.repeats = repeats
+    y, weight = y.clone(), _weight(planes, scale, tables, bits, repeats)
     if rows.any():
         y[rows] = unrounded(x[rows], weight, bias)
     return y
 
 
-def _weight(planes: list[Tensor], scale: Tensor, tables: Tensor, bits: int) -> Any:
+def _weight(planes: list[Tensor], scale: Tensor, tables: Tensor, bits: int, repeats: Tensor | None = None) -> Any:
     """What the kernels read of a PlanarWeight, which has more; ValueError for tensors that are not of one."""
     G, R = scale.shape
     whole = [((R, G * TILE // per_byte), dtype) for per_byte, dtype in PLANES.get(bits, ())]
@@ -110,7 +109,8 @@ def _weight(planes: list[Tensor], scale: Tensor, tables: Tensor, bits: int) -> A
     if not held or not plain or [(tuple(plane.shape), plane.dtype) for plane in planes] != whole:
         shapes = [list(t.shape) for t in (*planes, scale, tables)]
         raise ValueError(f"planes, scale and tables of shapes {shapes} are not those of one {bits}-bit PlanarWeight")
-    return SimpleNamespace(bits=bits, planes=tuple(planes), scale=scale, tables=tables, tiles=G, rows=R)
+    stored = {"planes": tuple(planes), "scale": scale, "tables": tables}
+    return SimpleNamespace(**stored, bits=bits, repeats=repeats, tiles=G, rows=R)
 
 
 def _empty_codes(x: Tensor, repeats: Tensor | None, *, shared: bool) -> Quantized:
