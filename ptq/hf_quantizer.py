@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,11 @@ class PtqQuantizer(HfQuantizer):
         check_packed(model, model.name_or_path)
         waiting = make_fast(model, spec_of(model.config))
         self.attach(model)
-        if model.dtype == torch.float32 and not waiting:
+        if model.dtype == torch.float32:
             from ptq.native_decode import decode_natively
 
-            decode_natively(model, spec_of(model.config))
+            make = partial(offload.streamed_decoder, waiting) if waiting else None
+            decode_natively(model, spec_of(model.config), make=make)
 
     def attach(self, model: nn.Module) -> None:
         """Give `model` its attention function, sinks and packed cache; of its tensors only the activations' grids are read."""
@@ -109,13 +111,13 @@ class PtqQuantizer(HfQuantizer):
         return False
 
 
-def make_fast(model: nn.Module, spec: Spec) -> bool:
+def make_fast(model: nn.Module, spec: Spec) -> dict[lowbit.Linear, bool]:
     """Let linears leave out zeros where that is faster, and run on integer kernels where all of an input site can.
 
     Returns:
-        whether tensors of blocks or head are offloaded; then they come a block at a time.
+        the linears whose tensors are offloaded, and whether each runs on integer kernels.
     """
-    blocks, waiting = list(model.get_submodule(spec.blocks)), False
+    blocks, waiting = list(model.get_submodule(spec.blocks)), {}
     for part in [*blocks, model.get_output_embeddings()]:
         with offload.at_hand(part):
             skip_zeros(part)

@@ -1,4 +1,4 @@
-"""Let a packed model's decoding steps run in one native call where its blocks allow it (`lowbit.decode`)."""
+"""Let a packed model's prefill and decoding steps run in native calls where its blocks allow it (`lowbit.decode`)."""
 
 from __future__ import annotations
 

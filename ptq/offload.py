@@ -2,7 +2,8 @@
 
 accelerate offloads parameters and leaves buffers where they compute, so a packed linear's tensors are parameters while a model is
 dispatched. The grids of activations stay: they are small, and the cache and the kernels read them outside their module's call.
-A linear that waits is laid out for the integer kernels each time it is called, so that it computes what it does in a model loaded whole.
+What waits is laid out for the integer kernels each time it is called, a linear or a whole block, so that it computes what it does in a
+model loaded whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device, has_offloaded_params
 from lowbit import integer
+from lowbit.decode_stream import StreamedDecoder
 from lowbit.modules import ActivationQuantizer, Linear
 from torch import nn
 
@@ -47,25 +49,60 @@ def settle(model: nn.Module) -> None:
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """Within, the lowbit linears in `module` have their tensors."""
+    """Within, all that is in `module` has its tensors."""
     with ExitStack() as stack:
-        for linear in _linears(module):
-            stack.enter_context(align_module_device(linear))
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
         yield
 
 
-def let_go(module: nn.Module) -> bool:
-    """Drop what kernels were given of offloaded linears inside `module`, and make it anew at each call; whether there are any."""
-    waiting: list[Any] = [linear for linear in _linears(module) if has_offloaded_params(linear)]
-    for linear in waiting:
-        on_integers, skips = linear.planar is not None, linear.tiles is not None
+@contextmanager
+def laid_out(module: nn.Module, waiting: dict[Linear, bool]) -> Iterator[None]:
+    """`at_hand`, and those linears in `module` are laid out of which `waiting` (`let_go`) says so."""
+    linears = [linear for linear in _linears(module) if waiting.get(linear)]
+    with at_hand(module):
+        for linear in linears:
+            linear.planar = integer.laid_out(linear)
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.planar = None
+
+
+def let_go(module: nn.Module) -> dict[Linear, bool]:
+    """Drop what kernels were given of offloaded linears inside `module`, and make it anew at each call.
+
+    Returns:
+        these linears, and whether each runs on integer kernels.
+    """
+    waiting = {linear: linear.planar is not None for linear in _linears(module) if has_offloaded_params(linear)}
+    linear: Any
+    for linear, on_integers in waiting.items():
+        skips = linear.tiles is not None
         linear.planar = linear.tiles = None
         if on_integers or skips:
             hook = linear._hf_hook
             remove_hook_from_module(linear)
             linear.forward = partial(_forward, linear, linear.forward, on_integers)
             add_hook_to_module(linear, hook)  # outside: its tensors are there before `_forward` runs
-    return bool(waiting)
+    return waiting
+
+
+def streamed_decoder(waiting: dict[Linear, bool], blocks: list[nn.Module], *how: Any) -> StreamedDecoder:
+    """Native steps through blocks that get their tensors when they run. waiting: of `let_go`, how: roles and shape."""
+
+    @contextmanager
+    def visit(i: int) -> Iterator[None]:
+        with laid_out(blocks[i], waiting):
+            decoder.read(i)
+            try:
+                yield
+            finally:
+                decoder.forget(i)
+
+    decoder = StreamedDecoder(blocks, *how, visit=visit)
+    return decoder
 
 
 def _forward(linear: Linear, run, on_integers: bool, x: torch.Tensor) -> torch.Tensor:

@@ -252,7 +252,8 @@ class PackedCache(Cache):
                 "correct the grid's rotary_dim"
             )
         if layer.rotation is None:
-            layer.rotation = next((r for r in self.rotations if r.source() is source), None) or self._add(source)
+            known = next((r for r in self.rotations if r.source() is source), None)
+            layer.rotation = self._add(source) if known is None else known  # one that knows no token yet is falsy
         if len(layer.rotation) == layer.get_seq_length():
             layer.rotation.append(cos, sin)
 

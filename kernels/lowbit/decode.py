@@ -1,8 +1,8 @@
-"""Decoding without Python between the modules: one native call runs one token a sequence through consecutive decoder blocks.
+"""Generation without Python between the modules: one native call runs some tokens of each sequence through consecutive decoder blocks.
 
 A `Decoder` is made of blocks whose linears run on integer kernels (`lowbit.integer.take`) and computes what the blocks compute, to
-float32's accuracy. `attach` puts it into a transformers model, where it takes the steps it can; prefill, and every step that it cannot
-take, is run by the modules on the same cache.
+float32's accuracy. `attach` puts it into a transformers model, where it takes the steps it can, prefill included; every step that it
+cannot take is run by the modules on the same cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from lowbit.cache import PackedCacheLayer
 from lowbit.cpu import decode as cpu
 from lowbit.cpu import native
 from lowbit.decode_blocks import ACTIVATIONS, block_of, most_sinks
-from lowbit.decode_cache import Room
+from lowbit.decode_cache import Room, spare, start, unless_it_fails
 from lowbit.decode_cache import obstacle as cache_obstacle
-from lowbit.sinks import sink_rows
+from lowbit.integer import FEW_TOKENS
+from lowbit.modules import ActivationQuantizer
+from lowbit.sinks import leading, sink_rows
+
+PREFILL_TOKENS = (
+    1024  # of all sequences together, that go through a block at a time: what is held between phases grows with them
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class CannotStep(ValueError):
 
 
 class Decoder:
-    """Runs one token a sequence through `blocks` natively; they are layers `first`, `first` + 1, ... of the caches it is given.
+    """Runs tokens through `blocks` natively; they are layers `first`, `first` + 1, ... of the caches it is given.
 
     What the blocks compute is read now: make a new one when their tensors change.
 
@@ -70,6 +76,8 @@ class Decoder:
         _check(blocks, roles, shape)
         self.roles, self.shape, self.layers = roles, shape, range(first, first + len(blocks))
         self.sinks = max(most_sinks(block) for block in blocks)
+        quantizers = [m for block in blocks for m in block.modules() if isinstance(m, ActivationQuantizer)]
+        self._spare_alike = {q.sinks for q in quantizers} <= {self.sinks}
         self._keep: list[Tensor] = []
         self._blocks = (cpu.Block * len(blocks))()
         self._channels = blocks[0].get_submodule(roles.qkv[0]).in_features
@@ -87,28 +95,42 @@ class Decoder:
         self, hidden: Tensor, cache: Cache, turn: Turn | None = None, mask: Tensor | None = None
     ) -> str | None:
         """Why `step` cannot run with these, in one line; None if it can."""
-        if hidden.shape[1:] != (1, self._channels) or hidden.dtype != torch.float32 or not hidden.is_cpu:
-            return f"hidden states of {list(hidden.shape)} {hidden.dtype} on {hidden.device}, not one float32 token on the CPU"
+        if hidden.ndim != 3 or hidden.shape[2] != self._channels or hidden.dtype != torch.float32 or not hidden.is_cpu:
+            return f"hidden states of {list(hidden.shape)} {hidden.dtype} on {hidden.device}, not float32 tokens on the CPU"
         if torch.is_grad_enabled() and hidden.requires_grad:
             return "gradients are asked for"
         why = None if self._served(cache) else cache_obstacle(cache, self.layers, self.shape, self.roles.rotary)
         if why is not None:
             return why
-        batch, _, held, _ = cache.layers[self.layers.start].keys.shape
-        if batch != len(hidden):
-            return f"{len(hidden)} sequences, {batch} in the cache"
-        if not self._turns(turn, batch):
-            return f"cosines and sines do not fit one token a sequence and {self.shape.rotary_dim} channels"
-        if mask is not None and mask.shape not in {(b, 1, 1, held + 1) for b in (1, batch)}:
-            return f"a mask of {list(mask.shape)} for {held + 1} tokens"
-        if self.sinks and sink_rows(hidden).any():
-            return "a token is an attention sink"
+        batch, tokens, _ = hidden.shape
+        held = cache.get_seq_length(self.layers.start)
+        if held and len(cache.layers[self.layers.start].keys) != batch:
+            return f"{batch} sequences, {len(cache.layers[self.layers.start].keys)} in the cache"
+        if not batch * tokens or batch * tokens > FEW_TOKENS and self._unrounded():
+            return f"{batch * tokens} tokens, of which some linear rounds none"
+        if not self._turns(turn, batch, tokens):
+            return f"cosines and sines do not fit {tokens} tokens a sequence and {self.shape.rotary_dim} channels"
+        if mask is not None and mask.shape not in {(b, 1, tokens, held + tokens) for b in (1, batch)}:
+            return f"a mask of {list(mask.shape)} for {tokens} of {held + tokens} tokens"
+        return self._sink_obstacle(hidden, cache, held) if self.sinks else None
+
+    def _sink_obstacle(self, hidden: Tensor, cache: Cache, held: int) -> str | None:
+        count = _first_sinks(hidden)
+        if count is None or held and count:
+            return "a token is an attention sink, and not among the first of every sequence"
+        grids = [getattr(cache.layers[i], "grid", None) for i in self.layers]
+        if count and not (self._spare_alike and all(grid is None or grid.sinks for grid in grids)):
+            return "a token is an attention sink to some quantizers, and none to others"
         return None
 
-    def _turns(self, turn: Turn | None, batch: int) -> bool:
+    def _unrounded(self) -> bool:
+        """Whether some linear multiplies inputs that have no grid."""
+        return any(getattr(block, site).exact for block in self._blocks for site in ("qkv", "output", "up", "down"))
+
+    def _turns(self, turn: Turn | None, batch: int, tokens: int) -> bool:
         if turn is None or self.roles.rotary is None:
             return (turn is None) == (self.roles.rotary is None)
-        return all(t.shape in {(b, 1, self.shape.rotary_dim) for b in (1, batch)} for t in turn)
+        return all(t.shape in {(b, tokens, self.shape.rotary_dim) for b in (1, batch)} for t in turn)
 
     def step(
         self,
@@ -119,17 +141,17 @@ class Decoder:
         mask: Tensor | None = None,
         path: str = "fastest",
     ) -> Tensor:
-        """The blocks' output for one token a sequence, which is appended to the cache; on torch.get_num_threads() threads.
+        """The blocks' output for the next tokens of each sequence, which are appended to the cache; on torch.get_num_threads() threads.
 
         Args:
-            hidden: float32 [B, 1, C].
-            cache: a `PackedCache` or DynamicCache that holds at least one token. Its layers get views of a tensor with spare capacity.
-            turn: cosines and sines of the tokens' positions, [B or 1, 1, rotary_dim] each, both halves alike; None without rotary.
-            mask: [B or 1, 1, 1, held + 1], bool (true: look) or added to the scores.
+            hidden: float32 [B, T, C].
+            cache: a `PackedCache` or DynamicCache. Its layers get views of a tensor with spare capacity.
+            turn: cosines and sines of the tokens' positions, [B or 1, T, rotary_dim] each, both halves alike; None without rotary.
+            mask: [B or 1, 1, T, held + T], bool (true: look) or added to the scores; None: each token looks at those up to itself.
             path: as for the sweep.
 
         Returns:
-            float32 [B, 1, C].
+            float32 [B, T, C].
 
         Raises:
             CannotStep: what `obstacle` says.
@@ -138,60 +160,108 @@ class Decoder:
         why = self.obstacle(hidden, cache, turn, mask)
         if why is not None:
             raise CannotStep(f"no native step: {why}; run the blocks")
-        return self._run(hidden, cache, turn, mask, path)
-
-    def _run(self, hidden: Tensor, cache: Cache, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
-        y = hidden.detach().clone(memory_format=torch.contiguous_format)
+        y = hidden.detach().contiguous()
         half = self.shape.rotary_dim // 2
-        cos, sin = (
-            (None, None) if turn is None else (t[:, 0, :half].float().contiguous() for t in turn)
-        )  # [B or 1, R/2]
-        seat = self._seat(cache, 1 if cos is None else max(len(cos), len(sin)))
-        room, step = seat.room, seat.step
-        if room.cos is not None:
-            room.turn(cos, sin)
-        alive: list[Tensor] = []
-        step.held, step.hidden = room.tokens, cpu.address(y, alive)
-        step.cos, step.sin = cpu.address(cos, alive), cpu.address(sin, alive)
-        step.turn_stride = 0 if cos is None or len(cos) == 1 else half
+        turn = None if turn is None else tuple(t[..., :half].float() for t in turn)  # [B or 1, T, R/2]
         mask = None if mask is None else _added(mask)
-        step.mask, step.mask_stride = cpu.address(mask, alive), 0 if mask is None or len(mask) == 1 else mask.shape[1]
-        self._pass(seat, path)
-        room.show(room.tokens + 1)
+        sinks = _first_sinks(hidden) if self.sinks else 0
+        with unless_it_fails([cache.layers[i] for i in self.layers]):
+            self._begin(cache, len(hidden), turn)
+            if hidden.shape[1] == 1 and not sinks:
+                return self._advance(cache, y.clone(), turn, mask, path)
+            return self._prefill(cache, y, sinks, turn, mask, path)
+
+    def _begin(self, cache: Cache, batch: int, turn: Turn | None) -> None:
+        """Let an empty cache hold no token of each sequence."""
+        layers = [cache.layers[i] for i in self.layers]
+        if layers[0].get_seq_length() == 0:
+            start(layers, batch, self.shape)
+            for i, layer in zip(self.layers, layers):
+                if turn is not None and isinstance(layer, PackedCacheLayer):
+                    cache.announce(i, turn[0], *(t[:, :0] for t in turn))
+
+    def _advance(self, cache: Cache, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
+        """One token y [B, 1, C] of each sequence through the blocks, in place."""
+        seat = self._seat(cache, 1, turn)
+        alive = _aim(seat.step, seat.room.tokens, y, turn, mask)
+        self._pass([seat.step], path, memory=seat.memory)
+        alive.clear()
+        seat.room.show(seat.room.tokens + 1)
         return y
 
-    def _pass(self, seat: _Seat, path: str) -> None:
-        """Run the seat's step through all blocks."""
-        cpu.run(seat.step, seat.memory, path=path)
+    def _prefill(
+        self, cache: Cache, y: Tensor, sinks: int, turn: Turn | None, mask: Tensor | None, path: str
+    ) -> Tensor:
+        """Sinks first, which round nothing; then as many tokens at a time as memory should hold."""
+        (batch, tokens, _), layers = y.shape, [cache.layers[i] for i in self.layers]
+        held, few = layers[0].get_seq_length(), max(1, PREFILL_TOKENS // batch)
+        keep: list[Tensor] = []
+        spared = None
+        if sinks and isinstance(layers[0], PackedCacheLayer):
+            kept = spare(layers, sinks, turn if turn is None else _between(turn, 0, sinks))
+            spared = self._empty_step([DynamicLayer()] * len(layers), kept, keep)
+        shown = layers[0].get_seq_length()
+        seat = self._seat(cache, held + tokens - shown, turn if turn is None else _between(turn, shown - held, tokens))
+        starts = [0] * bool(sinks) + [*range(sinks, tokens, few)]
+        parts, steps = [], []
+        for begin, end in zip(starts, [*starts[1:], tokens]):
+            apart = spared is not None and begin < sinks
+            step = cpu.Step.from_buffer_copy(spared[0] if apart else seat.step)
+            step.tokens, step.spared = end - begin, begin < sinks
+            parts.append(y[:, begin:end].clone(memory_format=torch.contiguous_format))
+            some = None if turn is None else _between(turn, begin, end)
+            seen = None if mask is None else mask[:, begin:end, : held + end]
+            keep += _aim(step, held + begin, parts[-1], some, seen)
+            steps.append(step)
+        self._pass(steps, path)
+        seat.room.show(held + tokens)
+        return torch.cat(parts, 1)
+
+    def _pass(self, steps: list[cpu.Step], path: str, *, memory: Tensor | None = None) -> None:
+        """Run steps, each of which needs what those before it left in the cache, through all blocks. memory: for the only one."""
+        for step in steps:
+            cpu.run(step, cpu.scratch(step) if memory is None else memory, path=path)
 
     def _served(self, cache: Cache) -> bool:
         """Whether the cache holds what the last step left there."""
         seat = self._seats.get(cache)
         return seat is not None and seat.room.shown_in([cache.layers[i] for i in self.layers])
 
-    def _seat(self, cache: Cache, rows: int) -> _Seat:
-        """Room for another token of the cache, and the step that writes there."""
+    def _seat(self, cache: Cache, tokens: int, turn: Turn | None) -> _Seat:
+        """Room for so many more tokens, turned so, in the cache, and the step that writes one there."""
         layers = [cache.layers[i] for i in self.layers]
         rotation = getattr(layers[0], "rotation", None)
-        rows = rows if rotation is None else max(rows, len(rotation.cos))
+        rows = max(1 if turn is None else len(turn[0]), 1 if rotation is None else len(rotation.cos))
         seat = self._seats.get(cache)
-        fits = seat is not None and seat.threads == torch.get_num_threads() and seat.room.takes(rows)
+        fits = seat is not None and seat.threads == torch.get_num_threads() and seat.room.takes(tokens, rows)
         if not fits or not self._served(cache):
-            seat = self._seats[cache] = self._take_seat(Room(layers, rows=rows))
+            seat = self._seats[cache] = self._take_seat(Room(layers, rows=rows, more=tokens))
+        if turn is not None and rotation is not None:
+            seat.room.turn(*turn)
         return seat
 
     def _take_seat(self, room: Room) -> _Seat:
         keep: list[Tensor] = []
-        blocks = type(self._blocks).from_buffer_copy(self._blocks)
-        for block, layer, held in zip(blocks, room.layers, room.held):
-            block.cache = _cache(layer, held, keep)
-        shape, half = self.shape, self.shape.rotary_dim // 2
-        step = cpu.Step(batch=room.held.shape[2], channels=self._channels, blocks=len(blocks), block=blocks)
-        step.heads, step.kv_heads, step.width, step.half = shape.heads, shape.kv_heads, shape.head_dim, half
-        step.capacity, step.held = room.capacity, room.capacity - 1  # the most tokens that the memory must do for
+        step, blocks = self._empty_step(room.layers, room.held, keep)
         step.all_cos, step.all_sin = cpu.address(room.cos, keep), cpu.address(room.sin, keep)
-        step.turns_stride = 0 if room.rows == 1 else room.capacity * half
+        step.turns_stride = 0 if room.rows == 1 else room.capacity * step.half
         return _Seat(room, step, cpu.scratch(step), torch.get_num_threads(), blocks, keep)
+
+    def _empty_step(self, layers: list, held: Tensor, keep: list[Tensor]) -> tuple[cpu.Step, Array]:
+        """A step of one token a sequence, and its blocks, that writes to held [layers, 2, B, H, capacity, bytes or D]."""
+        blocks = type(self._blocks).from_buffer_copy(self._blocks)
+        for block, layer, own in zip(blocks, layers, held):
+            block.cache = _cache(layer, own, keep)
+        shape, capacity = self.shape, held.shape[4]
+        step = cpu.Step(batch=held.shape[2], tokens=1, channels=self._channels, blocks=len(blocks), block=blocks)
+        step.heads, step.kv_heads, step.width, step.half = (
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.rotary_dim // 2,
+        )
+        step.capacity, step.held = capacity, capacity - 1  # the most tokens that the memory must do for
+        return step, blocks
 
 
 Turn = tuple[Tensor, Tensor]
@@ -207,6 +277,26 @@ class _Seat:
     threads: int
     blocks: Array
     keep: list[Tensor]
+
+
+def _between(turn: Turn, begin: int, end: int) -> Turn:
+    """[B or 1, T, R/2] each -> those of some of the tokens."""
+    return turn[0][:, begin:end], turn[1][:, begin:end]
+
+
+def _aim(step: cpu.Step, held: int, y: Tensor, turn: Turn | None, mask: Tensor | None) -> list[Tensor]:
+    """Point a step at hidden states y [B, T, C] behind `held` tokens; returns what must outlive it.
+
+    turn: [B or 1, T, R/2] each. mask: float32 [B or 1, T, held + T].
+    """
+    alive: list[Tensor] = []
+    step.held, step.hidden = held, cpu.address(y, alive)
+    cos, sin = (None, None) if turn is None else (t.contiguous() for t in turn)
+    step.cos, step.sin = cpu.address(cos, alive), cpu.address(sin, alive)
+    step.turn_stride = 0 if cos is None or len(cos) == 1 else cos[0].numel()
+    mask = None if mask is None else mask.contiguous()
+    step.mask, step.mask_stride = cpu.address(mask, alive), 0 if mask is None or len(mask) == 1 else mask[0].numel()
+    return alive
 
 
 def _check(blocks: list[nn.Module], roles: Roles, shape: Shape) -> None:
@@ -245,8 +335,15 @@ def _cache(layer: DynamicLayer, held: Tensor, keep: list[Tensor]) -> cpu.Cache:
 
 
 def _added(mask: Tensor) -> Tensor:
-    """[B or 1, 1, 1, S], bool or not -> what is added to the scores, float32 [B or 1, S]."""
-    mask = mask[:, 0, 0]
+    """[B or 1, 1, T, S], bool or not -> what is added to the scores, float32 [B or 1, T, S]."""
+    mask = mask[:, 0]
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    return mask.float().contiguous()
+    return mask.float()
+
+
+def _first_sinks(hidden: Tensor) -> int | None:
+    """How many tokens of hidden [B, T, C], the first of every sequence, are attention sinks; None if others are."""
+    rows = sink_rows(hidden).squeeze(-1)  # [B, T, 1] -> [B, T]
+    count = int(rows[0].sum())
+    return count if torch.equal(rows, leading(len(rows), rows.shape[1], count)) else None

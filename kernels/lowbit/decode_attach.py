@@ -28,7 +28,7 @@ class _Blocks(nn.Module):
 
 
 def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandle]:
-    """Let `decoder`, made of all the blocks at `path` of the model, run the forward calls of one token after others.
+    """Let `decoder`, made of all the blocks at `path` of the model, run the forward calls that fill a cache.
 
     While such a call runs, the list at `path` holds one module in their place, so that hooks on blocks do not run.
 
@@ -46,7 +46,11 @@ def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandl
     instead = nn.ModuleList([_Blocks(decoder, blocks)]).eval()
 
     def before(module: nn.Module, args, kwargs) -> None:
-        if not module.training and _one_more_token(args, kwargs) and not _shows_inside(module.config, kwargs):
+        if (
+            not module.training
+            and isinstance(kwargs.get("past_key_values"), Cache)
+            and not _shows_inside(module.config, kwargs)
+        ):
             module._modules[name] = instead
 
     def after(module: nn.Module, *_) -> None:
@@ -56,13 +60,6 @@ def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandl
         owner.register_forward_pre_hook(before, with_kwargs=True),
         owner.register_forward_hook(after, always_call=True),
     ]
-
-
-def _one_more_token(args: tuple, kwargs: dict) -> bool:
-    inputs = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-    tokens = next((t.shape[1] for t in inputs if t is not None), 0)
-    cache = kwargs.get("past_key_values")
-    return tokens == 1 and isinstance(cache, Cache) and cache.get_seq_length() > 0
 
 
 def _shows_inside(config, kwargs: dict) -> bool:

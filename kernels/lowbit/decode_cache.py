@@ -1,4 +1,4 @@
-"""Room behind a cache's tensors: a decoded token is written where the next one goes, and nothing held is copied.
+"""Room behind a cache's tensors: new tokens are written where the next ones go, and nothing held is copied.
 
 The layers of a transformers cache hold `keys` and `values` that just fit. A `Room` takes over what they hold, with capacity to spare, and
 leaves views of it in the layers, so that the cache stays what it is: any module may go on with it, crop or reorder it. Whoever
@@ -7,11 +7,15 @@ replaces a view in a layer ends the room.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lowbit.cache import PackedCacheLayer
+from lowbit.spared import Spared
 
 SLACK = 8  # bytes past the end that may be read with the last codes
 LEAST = 64  # tokens of capacity to spare
@@ -25,23 +29,28 @@ def obstacle(cache: Cache, layers: range, shape, rotary: str | None) -> str | No
     kinds = {type(layer) for layer in held}
     if len(kinds) > 1 or not kinds <= {DynamicLayer, PackedCacheLayer}:
         return f"cache layers of {sorted(kind.__name__ for kind in kinds)}: only one kind, that keeps every token"
-    if not all(layer.is_initialized for layer in held) or held[0].get_seq_length() == 0:
-        return "the cache is empty"
-    if len({layer.keys.shape for layer in held} | {layer.values.shape for layer in held}) > 1:
+    lengths = {layer.get_seq_length() for layer in held}
+    if lengths == {0}:
+        return _empty_obstacle(held, shape, rotary)
+    if 0 in lengths or len({layer.keys.shape for layer in held} | {layer.values.shape for layer in held}) > 1:
         return "cache layers hold keys and values of several shapes"
-    return _packed_obstacle(held, shape, rotary) if kinds == {PackedCacheLayer} else _plain_obstacle(held, shape)
-
-
-def _plain_obstacle(layers: list[DynamicLayer], shape) -> str | None:
-    keys = layers[0].keys
-    if keys.dtype != torch.float32 or not keys.is_cpu:
-        return f"the cache holds {keys.dtype} on {keys.device}, not float32 on the CPU"
-    if (keys.shape[1], keys.shape[3]) != (shape.kv_heads, shape.head_dim):
-        return f"the cache has {keys.shape[1]} heads of {keys.shape[3]} channels"
+    if held[0].dtype != torch.float32 or not held[0].keys.is_cpu:
+        return f"the cache serves {held[0].dtype} on {held[0].keys.device}, not float32 on the CPU"
+    if kinds == {PackedCacheLayer}:
+        return _grid_obstacle(held, shape, rotary) or _rotation_obstacle(held, rotary)
+    if (held[0].keys.shape[1], held[0].keys.shape[3]) != (shape.kv_heads, shape.head_dim):
+        return f"the cache has {held[0].keys.shape[1]} heads of {held[0].keys.shape[3]} channels"
     return None
 
 
-def _packed_obstacle(layers: list[PackedCacheLayer], shape, rotary: str | None) -> str | None:
+def _empty_obstacle(layers: list[DynamicLayer], shape, rotary: str | None) -> str | None:
+    """Layers that have seen nothing yet, which `start` can begin."""
+    if any(layer.is_initialized for layer in layers):
+        return "the cache held tokens that were taken out again"
+    return _grid_obstacle(layers, shape, rotary) if isinstance(layers[0], PackedCacheLayer) else None
+
+
+def _grid_obstacle(layers: list[PackedCacheLayer], shape, rotary: str | None) -> str | None:
     first = layers[0].grid
     if {(layer.grid.bits, layer.grid.rotary, layer.grid.rotary_dim) for layer in layers} != {
         (first.bits, rotary, shape.rotary_dim)
@@ -49,13 +58,57 @@ def _packed_obstacle(layers: list[PackedCacheLayer], shape, rotary: str | None) 
         return f"key and value grids differ from block to block, or do not say rotary {rotary!r} of {shape.rotary_dim} channels"
     if tuple(first.key_scale.shape) != (shape.kv_heads, shape.head_dim):
         return f"the grids are for {tuple(first.key_scale.shape)} heads and channels"
-    if not layers[0].keys.is_cpu or layers[0].dtype != torch.float32:
-        return f"the cache serves {layers[0].dtype} on {layers[0].keys.device}, not float32 on the CPU"
+    return None
+
+
+def _rotation_obstacle(layers: list[PackedCacheLayer], rotary: str | None) -> str | None:
     if any(layer.rotation is not layers[0].rotation for layer in layers):
         return "blocks rotate keys by different tables"
     if rotary is not None and len(layers[0].rotation) != layers[0].get_seq_length():
         return "the cache does not know how its tokens are rotated"
     return None
+
+
+def start(layers: list[DynamicLayer], batch: int, shape) -> None:
+    """Let layers that have seen nothing hold no tokens of `batch` sequences. shape: `lowbit.decode.Shape`."""
+    nothing = torch.empty(batch, shape.kv_heads, 0, shape.head_dim)
+    for layer in layers:
+        layer.lazy_initialization(nothing, nothing)
+        if not isinstance(layer, PackedCacheLayer):
+            layer.keys = layer.values = nothing
+
+
+def spare(layers: list[PackedCacheLayer], count: int, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Let layers that hold no tokens hold `count` of each sequence, all of them attention sinks.
+
+    turn: [B or 1, count, R/2] each, where keys are stored before rotation.
+
+    Returns:
+        float32 [layers, 2, B, H, count, D] for their keys and values, which are to be written yet.
+    """
+    (batch, heads, _, octets), width = layers[0].keys.shape, layers[0].grid.key_scale.shape[1]
+    kept = _with_slack((len(layers), 2, batch, heads, count, width), torch.float32)
+    rows, at = torch.ones(batch, count, dtype=torch.bool), torch.arange(count)
+    for layer, (keys, values) in zip(layers, kept):
+        layer.spared = Spared(keys, values, rows, at)
+        layer.keys, layer.values = (torch.zeros(batch, heads, count, octets, dtype=torch.uint8) for _ in range(2))
+    if layers[0].rotation is not None:
+        layers[0].rotation.append(*turn)
+    return kept
+
+
+@contextmanager
+def unless_it_fails(layers: list[DynamicLayer]) -> Iterator[None]:
+    """Within, an error leaves the layers, and the rotation that they share, as they were."""
+    rotation = getattr(layers[0], "rotation", None)
+    before = [(one, vars(one).copy()) for one in (*layers, rotation) if one is not None]
+    try:
+        yield
+    except BaseException:
+        for one, attributes in before:
+            vars(one).clear()
+            vars(one).update(attributes)
+        raise
 
 
 class Room:
@@ -64,12 +117,12 @@ class Room:
     `tokens` of the capacity are taken. `cos`, `sin` float32 [B or 1, capacity, R/2] where keys are stored before rotation, else None.
     """
 
-    def __init__(self, layers: list[DynamicLayer], *, rows: int):
-        """rows: 1 if one row of the rotation's tables is to serve all sequences, else how many there are."""
+    def __init__(self, layers: list[DynamicLayer], *, rows: int, more: int):
+        """rows: 1 if one row of the rotation's tables is to serve all sequences, else how many there are. more: tokens to come next."""
         self.layers, self.rows = layers, rows
         self.rotation = getattr(layers[0], "rotation", None)
-        self.tokens = layers[0].get_seq_length()
-        self.capacity = self.tokens + max(LEAST, self.tokens // 2)
+        self.tokens = layers[0].keys.shape[2]
+        self.capacity = self.tokens + more + max(LEAST, (self.tokens + more) // 2)
         batch, heads, _, width = layers[0].keys.shape
         shape = (len(layers), 2, batch, heads, self.capacity, width)
         self.held = _with_slack(shape, layers[0].keys.dtype)
@@ -93,13 +146,14 @@ class Room:
         same = all(a is b and a.keys is keys and a.values is values for a, b, keys, values in shown)
         return same and (self.rotation is None or self.rotation.cos is self.shown_cos)
 
-    def takes(self, rows: int) -> bool:
-        """Whether another token fits, turned by tables of so many rows."""
-        return self.tokens < self.capacity and (self.rotation is None or self.rows == rows)
+    def takes(self, tokens: int, rows: int) -> bool:
+        """Whether so many more tokens fit, turned by tables of so many rows."""
+        return self.tokens + tokens <= self.capacity and (self.rotation is None or self.rows == rows)
 
     def turn(self, cos: Tensor, sin: Tensor) -> None:
-        """Note how the next token is rotated: [rows, R/2] each."""
-        self.cos[:, self.tokens], self.sin[:, self.tokens] = cos, sin
+        """Note how the next tokens are rotated: [rows or 1, T, R/2] each."""
+        to = slice(self.tokens, self.tokens + cos.shape[1])
+        self.cos[:, to], self.sin[:, to] = cos, sin
 
     def show(self, tokens: int) -> None:
         """Let the layers hold the first `tokens`."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from lowbit.cpu import decode as cpu
-from lowbit.decode import CannotStep, Decoder, Roles, Shape, _Seat
+from lowbit.decode import CannotStep, Decoder, Roles, Shape
 from lowbit.decode_blocks import block_of
 
 
@@ -54,13 +54,15 @@ class StreamedDecoder(Decoder):
         """As of `Decoder`; a block that cannot run natively stands in the way of every step once it has been read."""
         return self._why_not or super().obstacle(*args, **kwargs)
 
-    def _pass(self, seat: _Seat, path: str) -> None:
-        step = seat.step
-        for i, empty in enumerate(seat.blocks):
+    def _pass(self, steps: list[cpu.Step], path: str, *, memory: Tensor | None = None) -> None:
+        """All steps through a block before the next is asked for. `memory` was sized when no block had been read."""
+        for i in range(len(self.layers)):
             with self._visit(i):
                 if i not in self._there:
                     raise CannotStep(f"no native step: {self._why_not}; run the blocks")
                 block = cpu.Block.from_buffer_copy(self._there[i][0])
-                block.cache = empty.cache
-                step.blocks, step.block = 1, ctypes.pointer(block)
-                cpu.run(step, cpu.scratch(step), path=path)
+                for step in steps:
+                    block.cache = step.block[i].cache
+                    one = cpu.Step.from_buffer_copy(step)
+                    one.blocks, one.block = 1, ctypes.pointer(block)
+                    cpu.run(one, cpu.scratch(one), path=path)

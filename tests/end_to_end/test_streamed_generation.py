@@ -10,17 +10,20 @@ import time
 
 import pytest
 import torch
+from lowbit import decode
+from lowbit.cpu import decode as cpu
 from lowbit.cpu import native
 from lowbit.decode import Decoder
 from lowbit.modules import Linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ptq
-from ptq import bench, stream
+from ptq import bench, native_decode, stream
 from ptq.cli import main
 from ptq.errors import BadInput
 from ptq.hf_quantizer import spec_of
 
+needs_kernels = pytest.mark.skipif(not native.fast_avx2(), reason="no compiled kernels that this machine would run")
 BLOCKS = 4
 SIZES = {
     "llama": {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -114,6 +117,8 @@ def test_logits_and_tokens_are_those_of_the_model_in_memory(packed, batch, most)
 @pytest.mark.parametrize("few", [2, 1])
 def test_a_divided_prefill_is_that_of_its_parts(packed, batch, few, monkeypatch):
     """Kernels may round a sequence that is alone differently in the last place, so the parts are what it must equal."""
+    for module in (stream, native_decode):  # native calls divide a prefill in other ways
+        monkeypatch.setattr(module, "decode_natively", lambda *_, **more: "not now")
     monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", few * batch["input_ids"].shape[1])
     whole, streamed = ptq.load(packed), ptq.load(packed, stream=True)
     parts = [{name: t[start : start + few] for name, t in batch.items()} for start in range(0, 3, few)]
@@ -141,21 +146,69 @@ def test_a_cache_that_holds_tokens_is_continued(packed, batch, monkeypatch):
     assert torch.equal(*outs)
 
 
-@torch.no_grad()
-@pytest.mark.skipif(not native.fast_avx2(), reason="no compiled kernels that this machine would run")
-def test_decoding_is_native(packed, batch, monkeypatch):
-    steps, step = [], Decoder.step
+@pytest.fixture
+def events(monkeypatch):
+    """What a streamed model does: the number of sequences of each native step taken, "block" for each block run by its modules."""
+    seen, step, forward = [], Decoder.step, stream._forward
 
     def counted(self, hidden, *args, **more):
-        steps.append(len(hidden))
-        return step(self, hidden, *args, **more)
+        out = step(self, hidden, *args, **more)
+        seen.append(len(hidden))
+        return out
 
     monkeypatch.setattr(Decoder, "step", counted)
-    model = ptq.load(packed, stream=True)
-    for block in blocks_of(model):
-        block.register_forward_hook(lambda block, args, out: steps.append("block"))
-    model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert steps == ["block"] * BLOCKS + [3] * 3
+    monkeypatch.setattr(stream, "_forward", lambda *args, **more: seen.append("block") or forward(*args, **more))
+    return seen
+
+
+@torch.no_grad()
+@needs_kernels
+def test_all_steps_are_native_but_a_prefill_whose_sinks_do_not_come_first(packed, batch, events):
+    model, how = ptq.load(packed, stream=True), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    model.generate(**batch, **how)
+    assert events == ["block"] * BLOCKS + [3] * 3
+    events.clear()
+    model.generate(batch["input_ids"][::2], **how)
+    assert events == [2] * 4
+
+
+@torch.no_grad()
+@needs_kernels
+def test_a_prefill_in_parts_reads_each_block_once(packed, batch, events, monkeypatch):
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 4)
+    whole, streamed, ids = ptq.load(packed), ptq.load(packed, stream=True), batch["input_ids"][::2]
+    read, wait = [], stream.BlockStream._wait_for
+    monkeypatch.setattr(stream.BlockStream, "_wait_for", lambda self, i: read.append(i) or wait(self, i))
+    found, wanted = (model(ids, use_cache=True) for model in (streamed, whole))
+    assert read == [*range(BLOCKS)] and events == [2, 2]
+    assert torch.equal(found.logits, wanted.logits)
+    layers = zip(found.past_key_values.layers, wanted.past_key_values.layers, strict=True)
+    assert all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in layers)
+
+
+@torch.no_grad()
+@needs_kernels
+@pytest.mark.parametrize("held", [0, 4])
+def test_a_native_pass_that_is_broken_off_leaves_the_cache_as_it_was(packed, batch, held, events, monkeypatch):
+    ids, run, calls = batch["input_ids"][::2], cpu.run, []
+    models = ptq.load(packed, stream=True), ptq.load(packed)
+    cache, wanted = (model(ids[:, :4], use_cache=True).past_key_values for model in models)
+    if not held:
+        cache, wanted = (models[0](ids, use_cache=True).past_key_values for _ in models)
+        for one in (cache, wanted):
+            one.reset()
+
+    def interrupt(*args, **more):
+        calls.append(run(*args, **more))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        models[0](ids[:, held:], past_key_values=cache)
+    assert cache.get_seq_length() == held
+    found, wanted = (model(ids[:, held:], past_key_values=c).logits for model, c in zip(models, (cache, wanted)))
+    assert torch.equal(found, wanted)
 
 
 @torch.no_grad()
@@ -188,7 +241,7 @@ def test_the_next_block_is_read_while_this_one_computes(llama, batch, monkeypatc
         seen.append((there.wait(20), [resident_bytes(block) > 0 for block in blocks_of(model)]))
 
     blocks_of(model)[0].self_attn.register_forward_hook(wait_for_the_next)
-    model(**batch)
+    model(**batch, use_cache=False)  # no native call, which would run no hooks
     assert seen == [(True, [True, True, False, False])]
 
 

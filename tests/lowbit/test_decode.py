@@ -11,7 +11,7 @@ import pytest
 import torch
 from lowbit import ActivationQuantizer, Linear, Norm, integer
 from lowbit.attention import NAME as LOWBIT_ATTENTION
-from lowbit.cache import KVGrid, PackedCache, attach_packed_cache
+from lowbit.cache import KVGrid, attach_packed_cache
 from lowbit.cpu import native as library
 from lowbit.decode import CannotStep, Decoder, Roles, Shape
 from lowbit.decode_attach import attach
@@ -397,6 +397,66 @@ def test_a_token_that_is_a_sink_is_left_to_the_modules():
     check_states(found, expected)
 
 
+def both_prefills(family, lengths, *, batch=2, pad=0, **settings):
+    """Last hidden states of prompts, one after another, by modules and natively, and both caches."""
+    model, *parts = model_of(family, **settings)
+    tokens = torch.randint(2, VOCAB, (batch, sum(lengths)), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(tokens)
+    mask[0, :pad] = 0
+    states = []
+    for natively in (False, True):
+        # without a cache the modules make one inside, where nothing can take its place
+        cache, seen, end = DynamicCache(config=model.config), [], 0
+        with native_steps(model, family, Decoder(*parts)) if natively else nullcontext([]) as taken:
+            for length in lengths:
+                end += length
+                known, positions = mask[:, :end], (mask.cumsum(1) - 1).clamp(min=0)[:, end - length : end]
+                some = dict(attention_mask=known, position_ids=positions, past_key_values=cache, use_cache=True)
+                out = model.base_model(tokens[:, end - length : end], **some)
+                cache = out.past_key_values
+                seen.append(out.last_hidden_state)
+        states.append((torch.cat(seen, 1)[:, pad:].transpose(0, 1), cache))
+        assert len(taken) == natively * len(lengths)
+    return *states[0], *states[1]
+
+
+def without(cache, settings):
+    """The cache less padding, whose keys nobody reads, and less sinks, whose codes nobody reads: they are kept in full precision."""
+    first = max(settings.get("pad", 0), settings.get("sinks", 0))
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+    return cache
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(family="llama", kv_heads=1, kv=4, sinks=1),
+        dict(family="llama", heads=4, kv_heads=2, kv=3, sinks=2, mode="static", fine=True),
+        dict(family="llama", kv=16, sinks=1, q=4, softmax=6),
+        dict(family="llama", kv=8, mode="token", pad=3, rotation=False),
+        dict(family="opt", kv=4, sinks=1, mode="static", batch=1),
+        dict(family="opt", kv=2, heads=4, kv_heads=4, bits=3, pad=2, softmax=8),
+        dict(family="opt", kv=16, bits=8, mode="token", batch=3),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_prefill_computes_what_the_modules_compute(settings, monkeypatch):
+    monkeypatch.setattr("lowbit.decode.PREFILL_TOKENS", 60)  # in several parts
+    expected, cache, found, other = both_prefills(lengths=(70, 1, 5, 1), **settings)
+    check_states(found, expected)
+    check_caches(without(other, settings), without(cache, settings))
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (2, 1), (12,)])
+@torch.no_grad()
+def test_so_does_a_prompt_of_sinks_or_of_few_tokens_that_are_not_rounded(lengths):
+    expected, cache, found, other = both_prefills("llama", lengths, kv_heads=1, kv=4, sinks=1, mode="none", batch=1)
+    check_states(found, expected, "none")
+    check_caches(without(other, dict(sinks=1)), without(cache, dict(sinks=1)), "none")
+
+
 @torch.no_grad()
 def test_nan_stays_in_its_sequence():
     model, *parts = model_of("opt")
@@ -455,8 +515,7 @@ def test_steps_that_cannot_run_say_why():
     decoder, cache, turn = Decoder(*parts), prefilled(model, 2)[0], turn_of(model, 9)
     hidden = torch.randn(2, 1, C)
     whys = {
-        "one float32 token": (hidden.double(), cache, turn),
-        "the cache is empty": (hidden, PackedCache([layer.grid for layer in cache.layers]), turn),
+        "not float32 tokens": (hidden.double(), cache, turn),
         "has no layers 0 to 1": (hidden, DynamicCache(), turn),
         "3 sequences, 2 in the cache": (torch.randn(3, 1, C), cache, turn),
         "cosines and sines": (hidden, cache, None),

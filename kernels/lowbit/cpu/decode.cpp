@@ -1,14 +1,16 @@
-// One token a sequence through consecutive decoder blocks, in one parallel region without allocations.
+// Some tokens of each sequence through consecutive decoder blocks, in one parallel region without allocations.
 //
 // A block is ten phases, each of which begins when all of the one before is done: round what enters q, k and v; their rows; attention's
-// scores; its values; round; the output projection; round; the gate's and up's rows; round; down's rows. Tokens are rounded whole, rows go
-// in blocks of PLANAR_ROWS, scores in DECODE_TOKENS and values in DECODE_CHANNELS of a sequence and KV head: who does a part changes no
-// sum, so that results do not depend on the number of threads.
+// scores; its values; round; the output projection; round; the gate's and up's rows; round; down's rows. Tokens are rounded whole, and
+// multiplied PLANAR_TOKENS at a time by PLANAR_ROWS rows. One token a sequence is scored in parts of DECODE_TOKENS and mixed in parts of
+// DECODE_CHANNELS of a sequence and KV head; where there are more, the two phases are their keys and values, and then panels of tokens. Who
+// does a part changes no sum, so that results do not depend on the number of threads.
 #include "decode.h"
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <thread>
 #ifdef _OPENMP
@@ -60,30 +62,36 @@ constexpr int LINEARS = 3;
 
 struct Own {  // one thread's
     float *x, *spare;                           // [widest] each
-    float *rows;                                // [2, B, PLANAR_ROWS]
+    float *rows;                                // [2, PLANAR_TOKENS, PLANAR_ROWS]
     float *query, *key, *value, *run, *scores;  // of DecodeHeads
+    DecodePanel panel;                          // its memory
 };
 
+// Of N = B T tokens. What belongs to a batch of PLANAR_TOKENS of them lies together, all their first codes before all their second ones.
 struct Shared {
-    std::int8_t *a;              // [terms B, 64 tiles]
-    float *step, *shift, *count;  // [terms B, tiles]
-    bool *broken;                // [B]: a token that is not a number
+    std::int8_t *a;              // [terms N, 64 tiles]
+    float *step, *shift, *count;  // [terms N, tiles]
+    bool *broken;                // [N]: a token that is not a number
     // Each linear's own; what is chosen is for those that read other tiles than all in order.
     std::int8_t *packed[LINEARS], *chosen_a[LINEARS];
     std::int32_t *excess[LINEARS];
     float *chosen_step[LINEARS], *chosen_shift[LINEARS], *chosen_count[LINEARS];
-    float *q, *k, *v, *mixed, *inner;  // [B, their channels]
-    float *scores;                     // [B, heads, held + 1]
+    float *q, *k, *v, *mixed, *inner;  // [N, their channels]
+    float *scores;                     // [B, heads, held + 1], of one token a sequence
 };
+
+long tokens_of(const DecodeStep &step) { return step.B * step.T; }
+
+bool is_exact(const DecodeStep &step, const DecodeSite &site) { return site.exact || step.spared; }
 
 // The most that any block needs of anything.
 struct Extent {
     long channels = 0, tiles = 0, read = 0, inner = 0, terms = 1;
 
-    void cover(const DecodeSite &site) {
+    void cover(const DecodeStep &step, const DecodeSite &site) {
         channels = site.channels > channels ? site.channels : channels;
         tiles = site.tiles > tiles ? site.tiles : tiles;
-        terms = site.exact ? EXACT_TERMS : terms;
+        terms = is_exact(step, site) ? EXACT_TERMS : terms;
         for (long i = 0; i < site.count; ++i) {
             const long own = 2 * site.linears[i].weight.units;
             read = own > read ? own : read;
@@ -95,7 +103,7 @@ Extent extent_of(const DecodeStep &step) {
     Extent all;
     all.channels = step.C;
     for (const DecodeBlock *block = step.block; block < step.block + step.blocks; ++block) {
-        all.cover(block->qkv), all.cover(block->output), all.cover(block->up), all.cover(block->down);
+        for (const DecodeSite *site : {&block->qkv, &block->output, &block->up, &block->down}) all.cover(step, *site);
         all.inner = block->down.channels > all.inner ? block->down.channels : all.inner;
     }
     return all;
@@ -103,12 +111,12 @@ Extent extent_of(const DecodeStep &step) {
 
 Shared share(Arena &arena, const DecodeStep &step, const Extent &most) {
     Shared s = {};
-    const long T = most.terms * step.B, wide = step.heads * step.width, narrow = step.kv_heads * step.width;
+    const long N = tokens_of(step), T = most.terms * N, wide = step.heads * step.width, narrow = step.kv_heads * step.width;
     s.a = arena.take<std::int8_t>(T * most.tiles * PLANAR_TILE);
     s.step = arena.take<float>(T * most.tiles);
     s.shift = arena.take<float>(T * most.tiles);
     s.count = arena.take<float>(T * most.tiles);
-    s.broken = arena.take<bool>(step.B);
+    s.broken = arena.take<bool>(N);
     for (int i = 0; i < LINEARS; ++i) {
         s.packed[i] = arena.take<std::int8_t>(T * most.read * PLANAR_TILE);
         s.chosen_a[i] = arena.take<std::int8_t>(T * most.read * PLANAR_TILE);
@@ -117,25 +125,47 @@ Shared share(Arena &arena, const DecodeStep &step, const Extent &most) {
         s.chosen_shift[i] = arena.take<float>(T * most.read);
         s.chosen_count[i] = arena.take<float>(T * most.read);
     }
-    s.q = arena.take<float>(step.B * wide);
-    s.k = arena.take<float>(step.B * narrow);
-    s.v = arena.take<float>(step.B * narrow);
-    s.mixed = arena.take<float>(step.B * wide);
-    s.inner = arena.take<float>(step.B * most.inner);
-    s.scores = arena.take<float>(step.B * step.heads * (step.held + 1));
+    s.q = arena.take<float>(N * wide);
+    s.k = arena.take<float>(N * narrow);
+    s.v = arena.take<float>(N * narrow);
+    s.mixed = arena.take<float>(N * wide);
+    s.inner = arena.take<float>(N * most.inner);
+    s.scores = step.T == 1 ? arena.take<float>(step.B * step.heads * (step.held + 1)) : nullptr;
     return s;
+}
+
+long padded(long n, long to) { return (n + to - 1) / to * to; }
+
+// Tokens of a panel whose scores fit the cache.
+long panel_tokens(const DecodeStep &step) {
+    const long n = DECODE_SCORES / (step.heads / step.kv_heads * padded(step.held + step.T, DECODE_RUN));
+    const long most = step.T < DECODE_PANEL ? step.T : DECODE_PANEL;
+    return n < 1 ? 1 : n < most ? n : most;
+}
+
+DecodePanel panel(Arena &arena, const DecodeStep &step) {
+    const long rows = padded(panel_tokens(step) * step.heads / step.kv_heads, DECODE_ROWS);
+    DecodePanel p = {};
+    p.rows = arena.take<float>(rows * step.width);
+    p.scores = arena.take<float>(rows * padded(step.held + step.T, DECODE_RUN));
+    p.turned = arena.take<float>(step.width * DECODE_RUN);
+    return p;
 }
 
 Own own(Arena &arena, const DecodeStep &step, const Extent &most) {
     const long D = step.width, repeats = step.heads / step.kv_heads;
-    Own mine;
+    Own mine = {};
     mine.x = arena.take<float>(most.channels);
     mine.spare = arena.take<float>(most.channels);
-    mine.rows = arena.take<float>(2 * step.B * PLANAR_ROWS);
+    mine.rows = arena.take<float>(2 * PLANAR_TOKENS * PLANAR_ROWS);
+    mine.run = arena.take<float>(DECODE_RUN * D);
+    if (step.T > 1) {
+        mine.panel = panel(arena, step);
+        return mine;
+    }
     mine.query = arena.take<float>(repeats * D);
     mine.key = arena.take<float>(D);
     mine.value = arena.take<float>(D);
-    mine.run = arena.take<float>(DECODE_RUN * D);
     mine.scores = arena.take<float>(repeats * (step.held + 1));
     return mine;
 }
@@ -170,9 +200,24 @@ void each(Worker &w, long items, Use use) {
     wait(done, items);
 }
 
-// x as sums of EXACT_TERMS codes a number, each of what those before left over, as lowbit.integer.exact_codes. Term n lies n B rows on.
-void exact_codes(const Worker &w, const DecodeSite &site, long b) {
-    const long B = w.step.B, G = site.tiles;
+// Tokens that are multiplied together: `n` from token `from` on.
+struct Batch {
+    long from, n;
+};
+
+long batches_of(const DecodeStep &step) { return (tokens_of(step) + PLANAR_TOKENS - 1) / PLANAR_TOKENS; }
+
+Batch batch_of(const DecodeStep &step, long i) {
+    const long from = i * PLANAR_TOKENS, left = tokens_of(step) - from;
+    return {from, left < PLANAR_TOKENS ? left : PLANAR_TOKENS};
+}
+
+// Where the codes `term` of token t lie among those of all tokens.
+long row_of(const Batch &batch, long terms, long term, long t) { return terms * batch.from + term * batch.n + t - batch.from; }
+
+// x as sums of EXACT_TERMS codes a number, each of what those before left over, as lowbit.integer.exact_codes.
+void exact_codes(const Worker &w, const DecodeSite &site, const Batch &batch, long t) {
+    const long G = site.tiles;
     const float tiny = std::numeric_limits<float>::min(), nan = std::numeric_limits<float>::quiet_NaN();
     for (long g = 0; g < G; ++g) {
         const long from = g * PLANAR_TILE, left = site.channels - from, n = left < 0 ? 0 : left < PLANAR_TILE ? left : PLANAR_TILE;
@@ -182,7 +227,7 @@ void exact_codes(const Worker &w, const DecodeSite &site, long b) {
         float step = (high > -low ? high : -low) / 127;
         step = step > tiny ? step : tiny;
         for (long term = 0; term < EXACT_TERMS; ++term) {
-            const long row = (term * B + b) * G + g;
+            const long row = row_of(batch, EXACT_TERMS, term, t) * G + g;
             std::int8_t *a = w.shared.a + row * PLANAR_TILE;
             int sum = 0;
             for (long i = 0; i < PLANAR_TILE; ++i) {
@@ -200,12 +245,12 @@ void exact_codes(const Worker &w, const DecodeSite &site, long b) {
     }
 }
 
-// The tiles that a linear reads, beside each other, of token t.
-void choose_tiles(const Worker &w, const DecodeLinear &linear, int i, long tiles, long t) {
+// The tiles that a linear reads, beside each other, of one row of codes.
+void choose_tiles(const Worker &w, const DecodeLinear &linear, int i, long tiles, long row) {
     const Shared &s = w.shared;
     const long G = 2 * linear.weight.units;
     for (long g = 0; g < G; ++g) {
-        const long from = t * tiles + linear.reads[g], to = t * G + g;
+        const long from = row * tiles + linear.reads[g], to = row * G + g;
         std::memcpy(s.chosen_a[i] + to * PLANAR_TILE, s.a + from * PLANAR_TILE, PLANAR_TILE);
         s.chosen_step[i][to] = s.step[from];
         s.chosen_shift[i][to] = s.shift[from];
@@ -213,48 +258,53 @@ void choose_tiles(const Worker &w, const DecodeLinear &linear, int i, long tiles
     }
 }
 
-PlanarActivations activations_of(const Worker &w, const DecodeSite &site, int i) {
+PlanarActivations activations_of(const Worker &w, const DecodeSite &site, int i, const Batch &batch) {
     const Shared &s = w.shared;
     const DecodeLinear &linear = site.linears[i];
-    const long G = 2 * linear.weight.units, terms = site.exact ? EXACT_TERMS : 1;
-    const bool all = !linear.reads;
+    const bool all = !linear.reads, exact = is_exact(w.step, site);
+    const long G = 2 * linear.weight.units, terms = exact ? EXACT_TERMS : 1, at = terms * batch.from * G;
     const float *shift = all ? s.shift : s.chosen_shift[i];
-    return {terms * w.step.B, G, terms, all ? s.a : s.chosen_a[i], all ? s.step : s.chosen_step[i], site.shifted ? shift : nullptr,
-            G, all ? s.count : s.chosen_count[i], s.packed[i], s.excess[i]};
+    return {terms * batch.n, G, terms, (all ? s.a : s.chosen_a[i]) + at * PLANAR_TILE, (all ? s.step : s.chosen_step[i]) + at,
+            site.shifted && !exact ? shift + at : nullptr, G, (all ? s.count : s.chosen_count[i]) + at,
+            s.packed[i] + at * PLANAR_TILE, s.excess[i] + at};
 }
 
-// Rotates and rounds token b, which is in mine.x, for the site's linears.
-void round_token(const Worker &w, const DecodeSite &site, long b) {
+// Rotates and rounds token t, which is in mine.x, for the site's linears.
+void round_token(const Worker &w, const DecodeSite &site, long t) {
     const Shared &s = w.shared;
-    const long B = w.step.B, G = site.tiles, terms = site.exact ? EXACT_TERMS : 1;
+    const bool exact = is_exact(w.step, site);
+    const long G = site.tiles, terms = exact ? EXACT_TERMS : 1;
+    const Batch batch = batch_of(w.step, t / PLANAR_TOKENS);
+    const long first = row_of(batch, terms, 0, t) * G;
     w.path.rotate(site.rotation, w.mine.x, site.channels, w.mine.spare);
-    if (site.exact) exact_codes(w, site, b);
+    if (exact) exact_codes(w, site, batch, t);
     else
-        planar_quantize_token(w.planar, site.clusters, G, w.mine.x, s.a + b * G * PLANAR_TILE, s.step + b * G, s.shift + b * G,
-                              s.count + b * G);
-    s.broken[b] = false;
-    for (long g = 0; g < G; ++g) s.broken[b] |= s.count[b * G + g] != s.count[b * G + g];
+        planar_quantize_token(w.planar, site.clusters, G, w.mine.x, s.a + first * PLANAR_TILE, s.step + first, s.shift + first,
+                              s.count + first);
+    s.broken[t] = false;
+    for (long g = first; g < first + G; ++g) s.broken[t] |= s.count[g] != s.count[g];
     for (int i = 0; i < site.count; ++i) {
-        const PlanarActivations x = activations_of(w, site, i);
-        for (long t = b; t < terms * B; t += B) {
-            if (site.linears[i].reads) choose_tiles(w, site.linears[i], i, G, t);
-            w.planar.pack(x, static_cast<int>(site.linears[i].weight.bits), t, t + 1);
+        const PlanarActivations x = activations_of(w, site, i, batch);
+        for (long term = 0; term < terms; ++term) {
+            const long row = row_of(batch, terms, term, t), own = row - terms * batch.from;
+            if (site.linears[i].reads) choose_tiles(w, site.linears[i], i, G, row);
+            w.planar.pack(x, static_cast<int>(site.linears[i].weight.bits), own, own + 1);
         }
     }
 }
 
 void round_normed(Worker &w, const DecodeNorm &norm, const DecodeSite &site) {
-    each(w, w.step.B, [&](long b) {
-        w.path.norm(norm, w.step.hidden + b * w.step.C, w.step.C, w.mine.spare, w.mine.x);
+    each(w, tokens_of(w.step), [&](long t) {
+        w.path.norm(norm, w.step.hidden + t * w.step.C, w.step.C, w.mine.spare, w.mine.x);
         w.path.rotate(norm.rotation, w.mine.x, w.step.C, w.mine.spare);
-        round_token(w, site, b);
+        round_token(w, site, t);
     });
 }
 
 void round_plain(Worker &w, const float *x, const DecodeSite &site) {
-    each(w, w.step.B, [&](long b) {
-        std::memcpy(w.mine.x, x + b * site.channels, site.channels * sizeof(float));
-        round_token(w, site, b);
+    each(w, tokens_of(w.step), [&](long t) {
+        std::memcpy(w.mine.x, x + t * site.channels, site.channels * sizeof(float));
+        round_token(w, site, t);
     });
 }
 
@@ -266,57 +316,63 @@ float on_grid(const DecodeLinear &linear, long row, float y) {
 
 long blocks_of(const DecodeLinear &linear) { return (linear.weight.R + PLANAR_ROWS - 1) / PLANAR_ROWS; }
 
-// Rows of the site's linear i from block `block` on, bias and output grids and all: y [B, PLANAR_ROWS]. Returns how many.
-long rows_of(const Worker &w, const DecodeSite &site, int i, long block, float *y) {
+// Rows of the site's linear i from block `block` on, bias and output grids and all: y [tokens of the batch, PLANAR_ROWS]. Returns how many.
+long rows_of(const Worker &w, const DecodeSite &site, int i, const Batch &batch, long block, float *y) {
     const DecodeLinear &linear = site.linears[i];
     const long row = block * PLANAR_ROWS, left = linear.weight.R - row, rows = left < PLANAR_ROWS ? left : PLANAR_ROWS;
     PlanarBlock part = planar_block(linear.weight, row);
     if (rows < PLANAR_ROWS) part.first = linear.tail_first, part.second = linear.tail_second, part.bias = linear.tail_bias;
-    const PlanarActivations x = activations_of(w, site, i);
-    planar_tokens(w.planar, x, static_cast<int>(linear.weight.bits), part, rows, y, PLANAR_ROWS);
-    const long B = w.step.B;
-    for (long b = 0; b < B; ++b)
+    planar_tokens(w.planar, activations_of(w, site, i, batch), static_cast<int>(linear.weight.bits), part, rows, y, PLANAR_ROWS);
+    for (long t = 0; t < batch.n; ++t)
         for (long r = 0; r < rows; ++r) {
-            float &sum = y[b * PLANAR_ROWS + r];
-            sum = w.shared.broken[b] ? std::numeric_limits<float>::quiet_NaN() : on_grid(linear, row + r, sum);
+            float &sum = y[t * PLANAR_ROWS + r];
+            if (w.shared.broken[batch.from + t]) sum = std::numeric_limits<float>::quiet_NaN();
+            else if (!w.step.spared) sum = on_grid(linear, row + r, sum);
         }
     return rows;
+}
+
+// use(batch, block) for all batches of tokens and, within each, all of so many blocks of rows.
+template <class Use>
+void each_product(Worker &w, long blocks, Use use) {
+    each(w, batches_of(w.step) * blocks, [&](long item) { use(batch_of(w.step, item / blocks), item % blocks); });
 }
 
 void project(Worker &w, const DecodeSite &site) {
     float *to[LINEARS] = {w.shared.q, w.shared.k, w.shared.v}, *y = w.mine.rows;
     long ends[LINEARS], all = 0;
     for (int i = 0; i < LINEARS; ++i) ends[i] = all += blocks_of(site.linears[i]);
-    each(w, all, [&](long block) {
+    each_product(w, all, [&](const Batch &batch, long block) {
         const int i = block < ends[0] ? 0 : block < ends[1] ? 1 : 2;
         if (i) block -= ends[i - 1];
-        const long rows = rows_of(w, site, i, block, y), R = site.linears[i].weight.R;
-        for (long b = 0; b < w.step.B; ++b)
-            std::memcpy(to[i] + b * R + block * PLANAR_ROWS, y + b * PLANAR_ROWS, rows * sizeof(float));
+        const long rows = rows_of(w, site, i, batch, block, y), R = site.linears[i].weight.R;
+        for (long t = 0; t < batch.n; ++t)
+            std::memcpy(to[i] + (batch.from + t) * R + block * PLANAR_ROWS, y + t * PLANAR_ROWS, rows * sizeof(float));
     });
 }
 
 // Adds the site's only linear to the hidden states.
 void add_to_hidden(Worker &w, const DecodeSite &site) {
     float *y = w.mine.rows;
-    each(w, blocks_of(site.linears[0]), [&](long block) {
-        const long rows = rows_of(w, site, 0, block, y);
-        for (long b = 0; b < w.step.B; ++b)
-            for (long r = 0; r < rows; ++r) w.step.hidden[b * w.step.C + block * PLANAR_ROWS + r] += y[b * PLANAR_ROWS + r];
+    each_product(w, blocks_of(site.linears[0]), [&](const Batch &batch, long block) {
+        const long rows = rows_of(w, site, 0, batch, block, y);
+        float *hidden = w.step.hidden + batch.from * w.step.C + block * PLANAR_ROWS;
+        for (long t = 0; t < batch.n; ++t)
+            for (long r = 0; r < rows; ++r) hidden[t * w.step.C + r] += y[t * PLANAR_ROWS + r];
     });
 }
 
 void widen(Worker &w, const DecodeBlock &block) {
     const DecodeSite &site = block.up;
     const bool gated = site.count == 2;
-    const long B = w.step.B, F = site.linears[0].weight.R;
-    float *gate = w.mine.rows, *up = gate + B * PLANAR_ROWS;
-    each(w, blocks_of(site.linears[0]), [&](long part) {
-        const long rows = rows_of(w, site, 0, part, gate);
-        if (gated) rows_of(w, site, 1, part, up);
-        for (long b = 0; b < B; ++b)
-            w.path.activate(block.activation, gate + b * PLANAR_ROWS, gated ? up + b * PLANAR_ROWS : nullptr, rows,
-                            w.shared.inner + b * F + part * PLANAR_ROWS);
+    const long F = site.linears[0].weight.R;
+    float *gate = w.mine.rows, *up = gate + PLANAR_TOKENS * PLANAR_ROWS;
+    each_product(w, blocks_of(site.linears[0]), [&](const Batch &batch, long part) {
+        const long rows = rows_of(w, site, 0, batch, part, gate);
+        if (gated) rows_of(w, site, 1, batch, part, up);
+        float *inner = w.shared.inner + batch.from * F + part * PLANAR_ROWS;
+        for (long t = 0; t < batch.n; ++t)
+            w.path.activate(block.activation, gate + t * PLANAR_ROWS, gated ? up + t * PLANAR_ROWS : nullptr, rows, inner + t * F);
     });
 }
 
@@ -324,10 +380,11 @@ void widen(Worker &w, const DecodeBlock &block) {
 DecodeHeads heads_of(Worker &w, const DecodeBlock &block, long task, float *scores) {
     const DecodeStep &step = w.step;
     const long D = step.width, H = step.kv_heads, wide = step.heads / H * D;  // [B, heads, D] = [B, H, repeats D]
-    return {&step, &block, task / H, task % H, w.mine.query, w.mine.key, w.mine.value, w.mine.run, scores, w.shared.mixed + task * wide};
+    return {&step,        &block,     task / H,  0, task % H, w.mine.query, w.mine.key, w.mine.value, w.mine.run,
+            scores, w.shared.mixed + task * wide};
 }
 
-void attend(Worker &w, const DecodeBlock &block) {
+void attend_one(Worker &w, const DecodeBlock &block) {
     const DecodeStep &step = w.step;
     const long D = step.width, H = step.kv_heads, S = step.held + 1, wide = step.heads / H * D, row = step.heads / H * S;
     const long pieces = (S + DECODE_TOKENS - 1) / DECODE_TOKENS, parts = (D + DECODE_CHANNELS - 1) / DECODE_CHANNELS;
@@ -345,10 +402,32 @@ void attend(Worker &w, const DecodeBlock &block) {
     });
 }
 
+void attend_all(Worker &w, const DecodeBlock &block) {
+    const DecodeStep &step = w.step;
+    const Shared &s = w.shared;
+    const long D = step.width, H = step.kv_heads, wide = step.heads / H * D;
+    each(w, tokens_of(step) * H, [&](long item) {
+        const long n = item / H;
+        w.path.append({&step, &block, n / step.T, n % step.T, item % H, s.q + item * wide, s.k + item * D, s.v + item * D,
+                       w.mine.run, nullptr, nullptr});
+    });
+    const long size = panel_tokens(step), panels = (step.T + size - 1) / size;
+    each(w, step.B * H * panels, [&](long item) {
+        const long task = item / panels, b = task / H, t = item % panels * size, left = step.T - t;
+        const long at = ((b * step.T + t) * H + task % H) * wide;  // [N, heads D] = [N, H, repeats D]
+        DecodePanel p = w.mine.panel;
+        p.heads = {&step, &block, b, t, task % H, nullptr, nullptr, nullptr, w.mine.run, nullptr, nullptr};
+        p.tokens = left < size ? left : size, p.stride = H * wide;
+        p.query = s.q + at, p.y = s.mixed + at;
+        w.path.attend(p);
+    });
+}
+
 void run_block(Worker &w, const DecodeBlock &block) {
     round_normed(w, block.attention_norm, block.qkv);
     project(w, block.qkv);
-    attend(w, block);
+    if (w.step.T == 1) attend_one(w, block);
+    else attend_all(w, block);
     round_plain(w, w.shared.mixed, block.output);
     add_to_hidden(w, block.output);
     round_normed(w, block.mlp_norm, block.up);
@@ -369,7 +448,7 @@ EXPORT long lowbit_decode_scratch(int threads, const DecodeStep *step) {
     return arena.used;
 }
 
-// Runs the step: hidden in place, one token appended to every cache. scratch: as many bytes as the above says, at a multiple of 64.
+// Runs the step: hidden in place, its tokens appended to every cache. scratch: as many bytes as the above says, at a multiple of 64.
 // Returns 0; 2 where this machine lacks the path.
 EXPORT int lowbit_decode(int path, int threads, const DecodeStep *step, char *scratch) {
     const DecodePath *chosen = select_path(path);

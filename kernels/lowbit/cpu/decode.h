@@ -1,4 +1,4 @@
-// One token a sequence through consecutive decoder blocks: what lowbit/cpu/decode.py fills in, and what one instruction set does of it.
+// Some tokens of each sequence through consecutive decoder blocks: what lowbit/cpu/decode.py fills in, and what one instruction set does of it.
 #pragma once
 #include <cstdint>
 
@@ -62,33 +62,51 @@ struct DecodeBlock {
 enum DecodeActivation { RELU = 0, SILU = 1 };
 
 struct DecodeStep {
-    long B, C, heads, kv_heads, width;
-    long held, capacity;                // tokens in the cache before this one, and room for
+    long B, T, C, heads, kv_heads, width;
+    long spared;                        // no input and no output is rounded: the tokens are attention sinks
+    long held, capacity;                // tokens in the cache before these, and room for
     long half;                          // pairs of channels that rotate, i and half + i; 0 without rotary embedding
-    const float *cos, *sin;             // [B or 1, half] of this token
+    const float *cos, *sin;             // [B or 1, T, half] of these tokens
     long turn_stride;                   // 0 where one row serves all sequences
-    const float *all_cos, *all_sin;     // [B or 1, capacity, half], this token included
+    const float *all_cos, *all_sin;     // [B or 1, capacity, half], these tokens included
     long turns_stride;
-    const float *mask;                  // added to the scores: [B or 1, held + 1], or null
+    const float *mask;                  // added to the scores: [B or 1, T, held + T]; null: each token looks at those up to itself
     long mask_stride;
     long blocks;
     const DecodeBlock *block;
-    float *hidden;                      // [B, C]
+    float *hidden;                      // [B, T, C]
 };
 
 constexpr long EXACT_TERMS = 2, DECODE_RUN = 16;          // codes a number; cached tokens that are decoded at a time
 constexpr long DECODE_TOKENS = 64, DECODE_CHANNELS = 32;  // of a KV head: tokens scored, and channels mixed, as one item
 
-// The query heads of sequence b that share KV head `head`. query [heads / kv_heads, D], key, value [D] before rotation; they are used up.
+// The query heads of token t of sequence b that share KV head `head`. query [heads / kv_heads, D], key, value [D] before rotation; they are
+// used up.
 struct DecodeHeads {
     const DecodeStep *step;
     const DecodeBlock *block;
-    long b, head;
+    long b, t, head;
     float *query, *key, *value;
     float *run;     // [DECODE_RUN, D]
     float *scores;  // [heads / kv_heads, held + 1]: `score` writes some of each row, `mix` uses all up
     float *y;       // [heads / kv_heads, D]
 };
+
+// Several tokens' query heads, rotated and scaled, that share a KV head, and what they attend to, from all that the cache holds. Token t
+// of `tokens`, which begin at heads.t, has them at query and y + t * stride.
+struct DecodePanel {
+    DecodeHeads heads;
+    long tokens, stride;
+    const float *query;
+    float *y;
+    float *rows;    // [tokens heads / kv_heads, padded to DECODE_ROWS, D]
+    float *scores;  // [as many, held + T padded to DECODE_RUN]
+    float *turned;  // [D, DECODE_RUN]
+};
+
+constexpr long DECODE_ROWS = 4;          // query rows that are multiplied at a time
+constexpr long DECODE_PANEL = 64;        // tokens of a panel at most
+constexpr long DECODE_SCORES = 1 << 16;  // scores that a panel should hold at most, for the cache's sake
 
 struct DecodePath {
     // y = norm(x), permuted but not rotated. `spare` [C].
@@ -97,10 +115,14 @@ struct DecodePath {
     void (*rotate)(const DecodeRotation &rotation, float *x, long C, float *spare);
     // y = activation(x) times `other`, which may be null.
     void (*activate)(long activation, const float *x, const float *other, long n, float *y);
-    // Scores of tokens [from, to). Those who score this token append key and value before.
+    // One token a sequence. Scores of tokens [from, to). Those who score this token append key and value before.
     void (*score)(const DecodeHeads &heads, long from, long to);
     // `width` channels of what is attended to, from `channel` on, when all is scored.
     void (*mix)(const DecodeHeads &heads, long channel, long width);
+    // Several tokens a sequence. Appends key and value of one, then turns and scales its queries in place.
+    void (*append)(const DecodeHeads &heads);
+    // When all are appended.
+    void (*attend)(const DecodePanel &panel);
 };
 
 extern const DecodePath portable_decode_path;

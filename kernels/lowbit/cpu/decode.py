@@ -84,7 +84,8 @@ class Block(Structure):
 
 class Step(Structure):
     _fields_ = [
-        *((name, c_long) for name in ("batch", "channels", "heads", "kv_heads", "width", "held", "capacity", "half")),
+        *((name, c_long) for name in ("batch", "tokens", "channels", "heads", "kv_heads", "width")),
+        *((name, c_long) for name in ("spared", "held", "capacity", "half")),
         *((name, c_void_p) for name in ("cos", "sin")),
         ("turn_stride", c_long),
         *((name, c_void_p) for name in ("all_cos", "all_sin")),
@@ -114,7 +115,7 @@ def scratch(step: Step) -> Tensor:
 
 
 def run(step: Step, memory: Tensor, *, path: str = "fastest") -> None:
-    """Run the step: hidden states in place, one token appended to every cache. path: as for the sweep.
+    """Run the step: hidden states in place, its tokens appended to every cache. path: as for the sweep.
 
     Raises:
         ValueError: a path that this machine lacks.

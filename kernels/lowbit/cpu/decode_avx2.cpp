@@ -1,4 +1,4 @@
-// One decoded token in AVX2; has_avx2() says who may run it.
+// A step of decoding in AVX2; has_avx2() says who may run it.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>
@@ -32,8 +32,9 @@ void add_across(const vec *v, float *sums) {
 }  // namespace
 
 #include "decode_math.h"
+#include "decode_panel.h"
 
-const DecodePath avx2_decode_path = {norm, rotate, activate, score, mix};
+const DecodePath avx2_decode_path = {norm, rotate, activate, score, mix, append, attend_panel};
 
 #if defined(__clang__)
 #pragma clang attribute pop

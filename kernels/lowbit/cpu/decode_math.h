@@ -176,14 +176,30 @@ Column column_of(const DecodeHeads &h, std::uint8_t *cache) {
     return {cache + (h.b * step.kv_heads + h.head) * step.capacity * bytes, bytes};
 }
 
-void append(const DecodeHeads &h) {
+// Turns x [D] as token t turns.
+void turn_new(const DecodeHeads &h, float *x) {
+    const DecodeStep &step = *h.step;
+    const long row = h.b * step.turn_stride + h.t * step.half;
+    turn(step.cos + row, step.sin + row, step.half, x);
+}
+
+void scale_queries(const DecodeHeads &h) {
+    const DecodeStep &step = *h.step;
+    const float scaling = static_cast<float>(h.block->scaling);
+    for (long r = 0; r < step.heads / step.kv_heads; ++r) {
+        for (long i = 0; i < step.width; ++i) h.query[r * step.width + i] *= scaling;
+        turn_new(h, h.query + r * step.width);
+    }
+}
+
+void append_token(const DecodeHeads &h) {
     const DecodeStep &step = *h.step;
     const DecodeCache &cache = h.block->cache;
     const Column keys = column_of(h, cache.keys), values = column_of(h, cache.values);
-    std::uint8_t *key = keys.start + step.held * keys.bytes, *value = values.start + step.held * values.bytes;
-    const long D = step.width, grid = h.head * D;
+    const long at = step.held + h.t, D = step.width, grid = h.head * D;
+    std::uint8_t *key = keys.start + at * keys.bytes, *value = values.start + at * values.bytes;
     if (cache.bits == 16) {
-        turn(step.cos + h.b * step.turn_stride, step.sin + h.b * step.turn_stride, step.half, h.key);
+        turn_new(h, h.key);
         std::memcpy(key, h.key, keys.bytes);
         std::memcpy(value, h.value, values.bytes);
     } else {
@@ -293,12 +309,8 @@ void softmax(const float *mask, long levels, long n, float *scores) {
 void score(const DecodeHeads &h, long from, long to) {
     const DecodeStep &step = *h.step;
     const long D = step.width, S = step.held + 1, repeats = step.heads / step.kv_heads;
-    const float scaling = static_cast<float>(h.block->scaling);
-    if (to == S) append(h);
-    for (long r = 0; r < repeats; ++r) {
-        for (long i = 0; i < D; ++i) h.query[r * D + i] *= scaling;
-        turn(step.cos + h.b * step.turn_stride, step.sin + h.b * step.turn_stride, step.half, h.query + r * D);
-    }
+    if (to == S) append_token(h);
+    scale_queries(h);
     for (; from < to; from += DECODE_RUN) {
         const long n = to - from < DECODE_RUN ? to - from : DECODE_RUN;
         const Rows keys = keys_of(h, from, n);

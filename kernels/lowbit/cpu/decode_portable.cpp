@@ -1,4 +1,4 @@
-// One decoded token without instructions of its own.
+// A step of decoding without instructions of its own.
 #include "decode.h"
 #include "portable.h"
 
@@ -21,5 +21,6 @@ void add_across(const vec *v, float *sums) {
 }  // namespace
 
 #include "decode_math.h"
+#include "decode_panel.h"
 
-const DecodePath portable_decode_path = {norm, rotate, activate, score, mix};
+const DecodePath portable_decode_path = {norm, rotate, activate, score, mix, append, attend_panel};
