@@ -309,7 +309,7 @@ void round_plain(Worker &w, const float *x, const DecodeSite &site) {
 }
 
 float on_grid(const DecodeLinear &linear, long row, float y) {
-    if (!linear.scale || linear.top[row] < 0) return y;
+    if (linear.top[row] < 0) return y;
     const float s = linear.scale[row], z = linear.zero[row], top = linear.top[row], q = std::rint(y / s) + z;
     return ((q < 0 ? 0 : q > top ? top : q) - z) * s;
 }
@@ -323,12 +323,15 @@ long rows_of(const Worker &w, const DecodeSite &site, int i, const Batch &batch,
     PlanarBlock part = planar_block(linear.weight, row);
     if (rows < PLANAR_ROWS) part.first = linear.tail_first, part.second = linear.tail_second, part.bias = linear.tail_bias;
     planar_tokens(w.planar, activations_of(w, site, i, batch), static_cast<int>(linear.weight.bits), part, rows, y, PLANAR_ROWS);
-    for (long t = 0; t < batch.n; ++t)
+    const bool rounds = linear.scale && !w.step.spared;
+    for (long t = 0; t < batch.n; ++t) {
+        const bool broken = w.shared.broken[batch.from + t];
+        if (!broken && !rounds) continue;
         for (long r = 0; r < rows; ++r) {
             float &sum = y[t * PLANAR_ROWS + r];
-            if (w.shared.broken[batch.from + t]) sum = std::numeric_limits<float>::quiet_NaN();
-            else if (!w.step.spared) sum = on_grid(linear, row + r, sum);
+            sum = broken ? std::numeric_limits<float>::quiet_NaN() : on_grid(linear, row + r, sum);
         }
+    }
     return rows;
 }
 

@@ -75,19 +75,18 @@ INLINE inline void tile_dots(const std::uint8_t *codes, const std::int8_t *a, __
     });
 }
 
-// sums[n] += a unit's part, tokens t .. t + N - 1.
+// sums[n] += a unit's part, tokens t .. t + N - 1. Both tiles' dots come first: what is done to them then needs a token's sums once.
 template <int BITS, int N>
 __attribute__((noinline)) void add_unit(const PlanarActivations &x, const PlanarBlock &w, const std::uint8_t *codes, long u, long t,
                                         float *sums) {
     const std::int8_t *a = x.packed + (u * x.T + t) * PLANAR_UNIT;
-    for (int tile = 0; tile < 2; ++tile) {
-        __m256i dot[N][2];
-        tile_dots<BITS, N>(codes + tile * TILE_GROUPS * 32, a + tile * PLANAR_TILE, dot);
-        for (int n = 0; n < N; ++n)
-            for (int half = 0; half < 2; ++half) {
-                float *y = sums + n * PLANAR_ROWS + 8 * half;
-                store(y, add_tile(x, w, t + n, 2 * u + tile, 8 * half, dot[n][half], load(y)));
-            }
+    __m256i dot[2][N][2];
+    for (int tile = 0; tile < 2; ++tile) tile_dots<BITS, N>(codes + tile * TILE_GROUPS * 32, a + tile * PLANAR_TILE, dot[tile]);
+    for (int n = 0; n < N; ++n, sums += PLANAR_ROWS) {
+        vec low = load(sums), high = load(sums + 8);
+        unrolled<2>([&](auto tile) INLINE { add_tile_of_rows(x, w, t + n, 2 * u + tile, dot[tile][n], low, high); });
+        store(sums, low);
+        store(sums + 8, high);
     }
 }
 

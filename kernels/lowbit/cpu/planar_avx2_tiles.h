@@ -120,6 +120,26 @@ INLINE inline vec add_tile(const PlanarActivations &x, const PlanarBlock &w, lon
     return add_offsets(x, w, t, g, row, add_dot(x, w, t, g, row, dot, y));
 }
 
+// low and high += a tile's part of 16 rows, `dot` with codes made unsigned.
+INLINE inline void add_tile_of_rows(const PlanarActivations &x, const PlanarBlock &w, long t, long g, const __m256i (&dot)[2], vec &low, vec &high) {
+    const long place = g * PLANAR_ROWS, grid = t * x.grid_stride + g, own = t * x.tiles + g;
+    const __m256i excess = _mm256_set1_epi32(x.excess[own]);
+    const vec step = broadcast(x.step[grid]);
+    const vec a = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[0], excess)), b = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[1], excess));
+    low = fmadd(_mm256_mul_ps(a, step), load(w.scale + place), low);
+    high = fmadd(_mm256_mul_ps(b, step), load(w.scale + place + 8), high);
+    if (w.zero) {
+        const vec count = broadcast(x.count[own]);
+        low = fnmadd(load(w.zero + place), count, low);
+        high = fnmadd(load(w.zero + place + 8), count, high);
+    }
+    if (x.shift) {
+        const vec shift = broadcast(x.shift[grid]);
+        low = fmadd(load(w.total + place), shift, low);
+        high = fmadd(load(w.total + place + 8), shift, high);
+    }
+}
+
 // What the next block of rows holds is fetched while this one is multiplied: in the order of memory, and a few lines at a time, because a
 // core waits when it has asked for more than it can keep track of.
 template <int N>
