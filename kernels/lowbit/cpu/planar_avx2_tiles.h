@@ -144,7 +144,7 @@ INLINE inline void add_tile_of_rows(const PlanarActivations &x, const PlanarBloc
 // core waits when it has asked for more than it can keep track of.
 template <int N>
 INLINE inline void fetch_lines(const void *p) {
-    for (int i = 0; i < N; ++i) _mm_prefetch(static_cast<const char *>(p) + 64 * i, _MM_HINT_T0);
+    for (int i = 0; i < N; ++i) _mm_prefetch(static_cast<const char *>(p) + 64 * i, _MM_HINT_T1);
 }
 
 // Unit u's part of the tables.
