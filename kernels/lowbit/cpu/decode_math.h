@@ -144,15 +144,15 @@ void encode(long bits, const float *x, const float *scale, const float *zero, lo
 // x [rows, n] from as many channels of rows that are `bytes` apart.
 template <int BITS>
 void decode_rows(const std::uint8_t *codes, long bytes, const float *scale, const float *zero, long rows, long n, float *x) {
-    for (long r = 0; r < rows; ++r, codes += bytes, x += n)
-        for (long i = 0; i < n; i += 8) {
+    for (long i = 0; i < n; i += 8) {
+        vec s[8 / WIDTH], z[8 / WIDTH];
+        for (long j = 0; j < 8 / WIDTH; ++j) s[j] = load(scale + i + j * WIDTH), z[j] = load(zero + i + j * WIDTH);
+        for (long r = 0; r < rows; ++r) {
             vec eight[8 / WIDTH];
-            codes8<BITS>(codes + i / 8 * BITS, eight);
-            for (long j = 0; j < 8 / WIDTH; ++j) {
-                const long at = i + j * WIDTH;
-                store(x + at, (eight[j] - load(zero + at)) * load(scale + at));
-            }
+            codes8<BITS>(codes + r * bytes + i / 8 * BITS, eight);
+            for (long j = 0; j < 8 / WIDTH; ++j) store(x + r * n + i + j * WIDTH, (eight[j] - z[j]) * s[j]);
         }
+    }
 }
 
 void decode(long bits, const std::uint8_t *codes, long bytes, const float *scale, const float *zero, long rows, long n, float *x) {
@@ -287,18 +287,34 @@ void add_rows(const float *p, const float *rows, long stride, long n, float *y) 
     for (int k = 0; k < N; ++k) store(y + k * WIDTH, sum[k]);
 }
 
+// The largest of n > 0 numbers; any of them if one is NaN.
+float largest_of(const float *x, long n) {
+    float most = x[0];
+    long i = 0;
+    if (n >= WIDTH) {
+        vec v = load(x);
+        for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
+            const vec next = load(x + i);
+            v = next > v ? next : v;
+        }
+        for (long j = 0; j < WIDTH; ++j) most = v[j] > most ? v[j] : most;
+    }
+    for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 // Probabilities of one head's scores [n], in place.
 void softmax(const float *mask, long levels, long n, float *scores) {
     if (mask)
         for (long i = 0; i < n; ++i) scores[i] += mask[i];
-    float largest = scores[0];
-    for (long i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
-    for (long i = 0; i < n; i += WIDTH) {
+    const vec largest = broadcast(largest_of(scores, n));
+    const long whole = n / WIDTH * WIDTH;
+    for (long i = 0; i < whole; i += WIDTH) store(scores + i, exp_of(load(scores + i) - largest));
+    if (whole < n) {
         float part[WIDTH] = {};
-        const long count = n - i < WIDTH ? n - i : WIDTH;
-        std::memcpy(part, scores + i, count * sizeof(float));
-        store(part, exp_of(load(part) - broadcast(largest)));
-        std::memcpy(scores + i, part, count * sizeof(float));
+        std::memcpy(part, scores + whole, (n - whole) * sizeof(float));
+        store(part, exp_of(load(part) - largest));
+        std::memcpy(scores + whole, part, (n - whole) * sizeof(float));
     }
     const float sum = sum_all(scores, n), top = static_cast<float>(levels);
     for (long i = 0; i < n; ++i) scores[i] /= sum;
