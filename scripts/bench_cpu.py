@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from statistics import median
@@ -25,9 +26,9 @@ from _tables import describe_machine, markdown
 
 PEERS = Path(__file__).parent / "peers"
 PACKAGES = ("llama-cpp-python", "onnx", "onnxruntime", "numpy")
-# Where a library's process cannot say what it does not compute right: 8, 4 and 3 bits lie far below.
-MOST_ERROR = 0.3
-OURS, STREAM = "ptq", "stream"
+MOST_ERROR = 0.3  # 3 bits lie below; a product that is wrong does not
+STREAM = "stream"
+REST = 0.25  # seconds; threads of the library before go on looking for work for a while
 FOUR_BITS = ("ggml Q4_0", "ggml Q4_0 repacked", "ggml Q4_1", "ggml Q4_K", "ggml Q4_K repacked") + tuple(
     f"onnxruntime 4 bits, blocks of {block}" for block in (32, 128)
 )
@@ -120,6 +121,7 @@ def turns(libraries, tokens, args):
     found = {name: {"bytes": size, "seconds": []} for library in libraries for name, size in library.bytes.items()}
     for _ in range(args.rounds):
         for library in libraries:
+            time.sleep(REST)
             for name in library.bytes:
                 one = library.turn(name, tokens, args.calls)
                 found[name]["error"] = one["error"]
