@@ -137,7 +137,7 @@ def _linear(path: str, linear: Linear, keep: list[Tensor]) -> cpu.Linear:
     first, second = (*planar.planes, None)[:2]
     full = planar.rows // BLOCK * BLOCK
     tails = [None if t is None or full == planar.rows else _padded_rows(t[full:]) for t in (first, second, bias)]
-    weight = cpu.Weight(bits=planar.bits, units=planar.tiles // 2, rows=planar.rows, kinds=planar.tables.shape[1])
+    weight = cpu.Weight(bits=planar.bits, units=planar.tiles // 2, rows=planar.rows, octets=planar.tables.shape[1])
     weight.first, weight.second = cpu.address(first, keep), cpu.address(second, keep)
     weight.tables, weight.bias = cpu.address(planar.tables, keep), _floats(bias, keep)
     out = cpu.Linear(weight=weight)

@@ -104,8 +104,8 @@ def _weight(planes: list[Tensor], scale: Tensor, tables: Tensor, bits: int, repe
     """What the kernels read of a PlanarWeight, which has more; ValueError for tensors that are not of one."""
     G, R = scale.shape
     whole = [((R, G * TILE // per_byte), dtype) for per_byte, dtype in PLANES.get(bits, ())]
-    held = tables.shape[0] == -(-R // BLOCK) and tables.shape[2:] == (G, BLOCK) and tables.shape[1] in (2, 3)
-    plain = tables.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in (*planes, tables))
+    held = tables.shape[0] == -(-R // BLOCK) and tables.shape[2:] == (G * BLOCK,) and tables.shape[1] in range(4, 8)
+    plain = tables.dtype == torch.uint8 and all(tensor.is_contiguous() for tensor in (*planes, tables))
     if not held or not plain or [(tuple(plane.shape), plane.dtype) for plane in planes] != whole:
         shapes = [list(t.shape) for t in (*planes, scale, tables)]
         raise ValueError(f"planes, scale and tables of shapes {shapes} are not those of one {bits}-bit PlanarWeight")

@@ -74,15 +74,20 @@ class PlanarWeight:
 
     @cached_property
     def tables(self) -> Tensor:
-        """scale, zero if there is one, and total in the order a CPU reads them: float32 [ceil(R / 16), 2 or 3, G, 16], zeros after row R.
+        """The grids as a CPU reads them: uint8 [ceil(R / 16), octets, 16 G], for each block of 16 rows one table after another.
 
-        As they are stored, a row's scales lie R floats apart, each on a page of its own. Made when first asked for.
+        First the scales [G, 16], float16 where that holds all of them exactly and none is negative, else float32; then, if there are
+        zero points, z - 2^(b-1), int8 [G, 16]; then the sums of v - (z - 2^(b-1)) over each tile's channels, int16 [G, 16]. Zeros after
+        row R. `octets`, the bytes of a tile's and row's grid, tells which: 4 or 6, and 1 more with zero points. Made when first asked for.
         """
-        rows = -(-self.rows // BLOCK)
-        grids = torch.stack([t for t in (self.scale, self.zero, self.total) if t is not None])  # [n, G, R]
-        padded = F.pad(grids, (0, rows * BLOCK - self.rows))
-        blocks = padded.unflatten(2, (rows, BLOCK))  # [n, G, R] -> [n, G, blocks, 16]
-        return blocks.permute(2, 0, 1, 3).contiguous()
+        narrow = torch.equal(self.scale.half().float(), self.scale) and not self.scale.lt(0).any()
+        divisor = torch.where(self.scale == 0, 1, self.scale)  # of padding
+        parts = [self.scale.half() if narrow else self.scale]
+        if self.zero is not None:
+            parts.append((self.zero / divisor).round().to(torch.int8))
+        parts.append((self.total / divisor).round().to(torch.int16))
+        blocks = [_blocks_of(part).view(torch.uint8).flatten(1) for part in parts]  # [blocks, bytes] each
+        return torch.cat(blocks, 1).unflatten(1, (-1, self.tiles * BLOCK))
 
     @property
     def padded(self) -> int:
@@ -99,6 +104,13 @@ class PlanarWeight:
         if not fits or not tensor.is_contiguous():
             found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
             raise ValueError(f"{name} must be contiguous {dtype} {list(shape)} on {self.scale.device}, got {found}")
+
+
+def _blocks_of(grids: Tensor) -> Tensor:
+    """[G, R] -> [ceil(R / 16), G, 16], zeros after row R."""
+    blocks = -(-grids.shape[1] // BLOCK)
+    padded = F.pad(grids, (0, blocks * BLOCK - grids.shape[1]))
+    return padded.unflatten(1, (blocks, BLOCK)).transpose(0, 1).contiguous()  # [G, blocks, 16] -> [blocks, G, 16]
 
 
 def padded_channels(channels: int) -> int:

@@ -131,15 +131,24 @@ def test_zero_points_in_the_middle_need_no_table():
     assert planar_weight(*disk, bits=4, channels=130).zero is None
 
 
-def test_tables_hold_the_grids_in_blocks_of_rows():
-    for symmetric in (True, False):
-        _, disk = disk_weight(33, 200, 4, symmetric=symmetric)
-        weight = planar_weight(*disk, bits=4, channels=200)
-        grids = [t for t in (weight.scale, weight.zero, weight.total) if t is not None]
-        assert weight.tables.shape == (3, len(grids), 4, 16) and weight.tables.is_contiguous()
-        for kind, table in enumerate(grids):
-            rows = weight.tables[:, kind].transpose(0, 1).flatten(1)  # [blocks, G, 16] -> [G, 48]
-            assert torch.equal(rows[:, :33], table) and not rows[:, 33:].any()
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("change", [None, "wide", "negative"])
+def test_tables_hold_the_grids_in_blocks_of_rows(symmetric, change):
+    """Whole numbers and scales of 16 bits say the same as the float32 grids, bit for bit."""
+    _, (packed, scale, zero, sizes) = disk_weight(33, 200, 4, symmetric=symmetric)
+    scale = scale.half().float()
+    if change is not None:
+        scale[5, 1] = scale[5, 1] * 1.0001 if change == "wide" else -scale[5, 1]
+    weight = planar_weight(packed, scale, zero, sizes, bits=4, channels=200)
+    cells, kind = 4 * 16, torch.float16 if change is None else torch.float32
+    kinds = [kind, *([] if symmetric else [torch.int8]), torch.int16]
+    assert weight.tables.shape == (3, sum(k.itemsize for k in kinds), cells) and weight.tables.is_contiguous()
+    each = weight.tables.flatten(1).split([k.itemsize * cells for k in kinds], 1)
+    tables = [t.contiguous().view(k).unflatten(1, (4, 16)).transpose(0, 1).flatten(1) for t, k in zip(each, kinds)]
+    assert not any(table[:, 33:].any() for table in tables)  # [G, 48] each
+    found = [table[:, :33].float() for table in tables]
+    assert torch.equal(found[0], weight.scale) and torch.equal(found[0] * found[-1], weight.total)
+    assert symmetric or torch.equal(found[0] * found[1], weight.zero)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -264,14 +273,15 @@ def test_native_product_is_the_reference_s(paths, bits, T, threads):
     threads(1)
     runs = []
     cases = (
-        ((1, 1), False, "token"),
-        ((16, 128), True, "low"),
-        ((50, 320), False, "tiles"),
-        ((50, 320), False, "static"),
+        ((1, 1), False, False, "token"),
+        ((16, 128), True, False, "low"),
+        ((50, 320), False, False, "tiles"),
+        ((50, 320), False, True, "static"),
     )
-    for (R, C), symmetric, mode in cases:
-        _, disk = disk_weight(R, C, bits, symmetric=symmetric)
-        weight = planar_weight(*disk, bits=bits, channels=C)
+    for (R, C), symmetric, wide, mode in cases:
+        _, (packed, scale, *others) = disk_weight(R, C, bits, symmetric=symmetric)
+        scale = scale.float() * (-1.001 if wide else 1)  # no float16 holds these
+        weight = planar_weight(packed, scale, *others, bits=bits, channels=C)
         bias = None if symmetric else torch.randn(R, generator=seeded(3))
         inputs, _ = quantized(mode, activations(T, C))
         y = paths.planar_linear(*inputs, weight, bias)

@@ -30,7 +30,7 @@ class Weight(Structure):
     _fields_ = [
         *((name, c_long) for name in ("bits", "units", "rows")),
         *((name, c_void_p) for name in ("first", "second", "tables")),
-        ("kinds", c_long),
+        ("octets", c_long),
         ("bias", c_void_p),
     ]
 

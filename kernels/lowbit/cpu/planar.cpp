@@ -137,13 +137,15 @@ void planar_tokens(const PlanarPath &path, const PlanarActivations &x, int bits,
 }
 
 PlanarBlock planar_block(const PlanarWeight &w, long row) {
-    const long table = 2 * w.units * PLANAR_ROWS, next = w.kinds * table;
-    const float *scale = w.tables + row / PLANAR_ROWS * next, *total = scale + next - table;
+    const long cells = 2 * w.units * PLANAR_ROWS, next = w.octets * cells;
+    const std::uint8_t *tables = w.tables + row / PLANAR_ROWS * next, *sums = tables + next - sizeof(std::int16_t) * cells;
+    const bool zeros = w.octets % 2;
     return {w.first + row * w.units * first_bytes(w.bits),
             w.second ? w.second + row * w.units * second_bytes(w.bits) : nullptr,
-            scale,
-            w.kinds == 3 ? scale + table : nullptr,
-            total,
+            tables,
+            zeros ? reinterpret_cast<const std::int8_t *>(sums - cells) : nullptr,
+            reinterpret_cast<const std::int16_t *>(sums),
+            w.octets > 5,
             w.bias ? w.bias + row : nullptr,
             next};
 }
@@ -218,14 +220,14 @@ EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long ti
 }
 
 // y [T / terms, R]. Returns 0; 1 where memory ran out; 2 where this machine lacks the path. Absent arrays are null.
-EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long terms, long tiles, long R, long kinds, long grid_stride,
+EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long terms, long tiles, long R, long octets, long grid_stride,
                                 const std::int8_t *a, const float *step, const float *shift, const float *count,
-                                const std::uint8_t *first, const std::uint8_t *second, const float *tables, const float *bias, float *y) {
+                                const std::uint8_t *first, const std::uint8_t *second, const std::uint8_t *tables, const float *bias, float *y) {
     const PlanarPath *chosen = planar_path(path);
     if (!chosen) return 2;
     const std::size_t entries = T * tiles * PLANAR_TILE, excesses = T * tiles * sizeof(std::int32_t);
     std::int8_t *scratch = static_cast<std::int8_t *>(std::aligned_alloc(64, whole_lines(entries + excesses)));
-    const PlanarWeight w = {bits, tiles / 2, R, first, second, tables, kinds, bias};
+    const PlanarWeight w = {bits, tiles / 2, R, first, second, tables, octets, bias};
     PlanarBlock tail = {};
     void *padded = pad_tail(w, tail);
     const bool ready = scratch && padded;

@@ -27,9 +27,15 @@ struct PlanarActivations {
 // PLANAR_ROWS rows of a weight, or as many as are left of it.
 struct PlanarBlock {
     const std::uint8_t *first, *second;  // planes, rows of tiles / 2 units; second may be null
-    const float *scale, *zero, *total;   // [tiles, PLANAR_ROWS]; zero may be null
-    const float *bias;                   // or null
-    long next;                           // floats from these tables to the next block's
+    // The tables: W = scale (v - zero), and the sum of v - zero over a tile's channels. [tiles, PLANAR_ROWS] each; zero may be null.
+    const std::uint8_t *scale;  // float32 if `wide`, else float16 without signs
+    const std::int8_t *zero;
+    const std::int16_t *sum;
+    bool wide;
+    const float *bias;  // or null
+    long next;          // bytes from these tables to the next block's
+
+    long scale_bytes() const { return wide ? 4 : 2; }
 };
 
 struct PlanarPath {
@@ -58,8 +64,8 @@ struct PlanarClusters {
 struct PlanarWeight {
     long bits, units, R;
     const std::uint8_t *first, *second;
-    const float *tables;  // [blocks, kinds, 2 units, PLANAR_ROWS]
-    long kinds;           // scale and total, or with zero between them
+    const std::uint8_t *tables;  // [blocks, octets 2 units PLANAR_ROWS]: scales, zero points if there are any, sums
+    long octets;                 // of a tile's and row's grid: 4 or, if scales are float32, 6, and 1 more for a zero point
     const float *bias;
 };
 

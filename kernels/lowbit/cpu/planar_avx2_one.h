@@ -76,10 +76,11 @@ INLINE inline vec add_tile_of_bytes(const PlanarActivations &x, const PlanarBloc
         fetch_lines<2>(next + 128 * i);
         pair[i] = pair_up(byte_sums(even, a), byte_sums(odd, a));
     });
+    const long place = tile * PLANAR_ROWS + row;
     // The last term's step is that of its units.
-    y = add_dot(x, w, x.T - 1, tile, row, _mm256_sub_epi32(eight_sums(pair), a.excess), y);
-    for (long t = 0; t < x.T; ++t) y = add_offsets(x, w, t, tile, row, y);
-    return y;
+    vec sum = stepped(x, x.T - 1, tile, _mm256_sub_epi32(eight_sums(pair), a.excess));
+    for (long t = 0; t < x.T; ++t) sum = with_offsets(x, w, t, tile, place, sum);
+    return fmadd(sum, scales(w, place), y);
 }
 
 // Both tiles' dots of the unit at `place` of eight rows with one token, for packed codes. `ahead`: the place whose bytes to fetch.

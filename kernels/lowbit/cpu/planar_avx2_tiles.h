@@ -100,44 +100,60 @@ INLINE inline void spread_signs(const std::uint8_t *second, long stride, __m256i
     if constexpr (BITS == 3) transposed(second, stride, [&](auto i, __m256i x) INLINE { signs[i] = x; });
 }
 
-// y plus a tile's product, for eight rows whose scales are at `row`, and token t.
-INLINE inline vec add_dot(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long row, __m256i dot, vec y) {
-    const vec product = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), broadcast(x.step[t * x.grid_stride + g]));
-    return fmadd(product, load(w.scale + g * PLANAR_ROWS + row), y);
+// Scales, zero points and sums of eight rows at `place` in a block's tables.
+INLINE inline vec scales(const PlanarBlock &w, long place) {
+    const std::uint8_t *p = w.scale + w.scale_bytes() * place;
+    if (w.wide) return load(reinterpret_cast<const float *>(p));
+    // Exponents are 112 less in float16. Without F16C, which not every hypervisor shows beside AVX2.
+    const __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(half, 13)), broadcast(0x1p112f));
 }
 
-// y plus what zero points and shifts of a tile make.
-INLINE inline vec add_offsets(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long row, vec y) {
-    const long place = g * PLANAR_ROWS + row, grid = t * x.grid_stride + g;
-    if (w.zero) y = fnmadd(load(w.zero + place), broadcast(x.count[t * x.tiles + g]), y);
-    if (x.shift && x.shift[grid] != 0) y = fmadd(load(w.total + place), broadcast(x.shift[grid]), y);
-    return y;
+INLINE inline vec zeros(const PlanarBlock &w, long place) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(w.zero + place))));
 }
 
-// y plus a tile's part, `dot` with codes made unsigned.
+INLINE inline vec tile_sums(const PlanarBlock &w, long place) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(w.sum + place))));
+}
+
+// step dot plus what zero points and shifts make of a tile of eight rows at `place`, to be scaled.
+INLINE inline vec with_offsets(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long place, vec sum) {
+    const long grid = t * x.grid_stride + g;
+    if (w.zero) sum = fnmadd(zeros(w, place), broadcast(x.count[t * x.tiles + g]), sum);
+    if (x.shift && x.shift[grid] != 0) sum = fmadd(tile_sums(w, place), broadcast(x.shift[grid]), sum);
+    return sum;
+}
+
+INLINE inline vec stepped(const PlanarActivations &x, long t, long g, __m256i dot) {
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(dot), broadcast(x.step[t * x.grid_stride + g]));
+}
+
+// y plus a tile's part, for eight rows from `row` on and token t, `dot` with codes made unsigned.
 INLINE inline vec add_tile(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long row, __m256i dot, vec y) {
+    const long place = g * PLANAR_ROWS + row;
     dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(x.excess[t * x.tiles + g]));
-    return add_offsets(x, w, t, g, row, add_dot(x, w, t, g, row, dot, y));
+    return fmadd(with_offsets(x, w, t, g, place, stepped(x, t, g, dot)), scales(w, place), y);
 }
 
-// low and high += a tile's part of 16 rows, `dot` with codes made unsigned.
-INLINE inline void add_tile_of_rows(const PlanarActivations &x, const PlanarBlock &w, long t, long g, const __m256i (&dot)[2], vec &low, vec &high) {
+// low and high += a tile's part of 16 rows.
+INLINE inline void add_tile_of_rows(const PlanarActivations &x, const PlanarBlock &w, long t, long g, const __m256i (&dot)[2], vec &low,
+                                    vec &high) {
     const long place = g * PLANAR_ROWS, grid = t * x.grid_stride + g, own = t * x.tiles + g;
     const __m256i excess = _mm256_set1_epi32(x.excess[own]);
-    const vec step = broadcast(x.step[grid]);
-    const vec a = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[0], excess)), b = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot[1], excess));
-    low = fmadd(_mm256_mul_ps(a, step), load(w.scale + place), low);
-    high = fmadd(_mm256_mul_ps(b, step), load(w.scale + place + 8), high);
+    vec a = stepped(x, t, g, _mm256_sub_epi32(dot[0], excess)), b = stepped(x, t, g, _mm256_sub_epi32(dot[1], excess));
     if (w.zero) {
         const vec count = broadcast(x.count[own]);
-        low = fnmadd(load(w.zero + place), count, low);
-        high = fnmadd(load(w.zero + place + 8), count, high);
+        a = fnmadd(zeros(w, place), count, a);
+        b = fnmadd(zeros(w, place + 8), count, b);
     }
-    if (x.shift) {
+    if (x.shift && x.shift[grid] != 0) {
         const vec shift = broadcast(x.shift[grid]);
-        low = fmadd(load(w.total + place), shift, low);
-        high = fmadd(load(w.total + place + 8), shift, high);
+        a = fmadd(tile_sums(w, place), shift, a);
+        b = fmadd(tile_sums(w, place + 8), shift, b);
     }
+    low = fmadd(a, scales(w, place), low);
+    high = fmadd(b, scales(w, place + 8), high);
 }
 
 // What the next block of rows holds is fetched while this one is multiplied: in the order of memory, and a few lines at a time, because a
@@ -149,10 +165,12 @@ INLINE inline void fetch_lines(const void *p) {
 
 // Unit u's part of the tables.
 INLINE inline void fetch_tables(const PlanarBlock &w, bool shift, long u) {
-    const float *scale = w.scale + w.next + 2 * PLANAR_ROWS * u;
-    fetch_lines<2>(scale);
-    if (w.zero) fetch_lines<2>(scale + (w.zero - w.scale));
-    if (shift) fetch_lines<2>(scale + (w.total - w.scale));
+    const long place = 2 * PLANAR_ROWS * u;
+    const std::uint8_t *scale = w.scale + w.next + w.scale_bytes() * place;
+    fetch_lines<1>(scale);
+    if (w.wide) fetch_lines<1>(scale + 64);
+    if (w.zero && u % 2 == 0) fetch_lines<1>(w.zero + w.next + place);
+    if (shift) fetch_lines<1>(reinterpret_cast<const std::uint8_t *>(w.sum + place) + w.next);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The integer linear over the planar layout without instructions of its own: a row's codes, then a product with each token.
 #include <cmath>
+#include <cstring>
 
 #include "planar.h"
 
@@ -18,14 +19,30 @@ void spread_unit(int bits, const std::uint8_t *first, const std::uint8_t *second
     }
 }
 
+// A float16 that is finite and not negative.
+float from_half(std::uint16_t half) {
+    const int exponent = half >> 10, fraction = half & 1023;
+    return exponent ? std::ldexp(static_cast<float>(1024 + fraction), exponent - 25) : std::ldexp(static_cast<float>(fraction), -24);
+}
+
+float scale_of(const PlanarBlock &w, long place) {
+    const std::uint8_t *p = w.scale + w.scale_bytes() * place;
+    float wide;
+    std::uint16_t half;
+    std::memcpy(&wide, p, w.wide ? sizeof wide : 0);
+    std::memcpy(&half, p, sizeof half);
+    return w.wide ? wide : from_half(half);
+}
+
 float add_tile(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long r, const std::int8_t *v, float y) {
     const std::int8_t *a = x.a + (t * x.tiles + g) * PLANAR_TILE;
     int dot = 0;
     for (long i = 0; i < PLANAR_TILE; ++i) dot += a[i] * v[i];
-    y += static_cast<float>(dot) * x.step[t * x.grid_stride + g] * w.scale[g * PLANAR_ROWS + r];
-    if (w.zero) y -= w.zero[g * PLANAR_ROWS + r] * x.count[t * x.tiles + g];
-    if (x.shift) y += w.total[g * PLANAR_ROWS + r] * x.shift[t * x.grid_stride + g];
-    return y;
+    const long place = g * PLANAR_ROWS + r;
+    float sum = static_cast<float>(dot) * x.step[t * x.grid_stride + g];
+    if (w.zero) sum -= w.zero[place] * x.count[t * x.tiles + g];
+    if (x.shift) sum += w.sum[place] * x.shift[t * x.grid_stride + g];
+    return y + sum * scale_of(w, place);
 }
 
 void planar_rows(const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, long from, long to, float *y, long R) {
