@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.cpu import native
-from lowbit.planar import TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
+from lowbit.planar import EXACT, TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
 from lowbit.planar_reference import repeat_tiles
 
-EXACT = 2  # int8 codes a number
 # Beyond, two codes a number cost more than to unpack the weight once and multiply in floating point.
 FEW_TOKENS = 16
 
@@ -126,6 +125,8 @@ def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) ->
 def unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
     """x W^T + bias with each number of x as a sum of EXACT int8 codes: x [T, C] -> [T, R]."""
     cpu = _kernels()
+    if weight.repeats is None and not torch.compiler.is_compiling():
+        return cpu.planar_linear(*cpu.quantize_exactly(x.contiguous()), weight, bias, terms=EXACT)
     a, step = exact_codes(x, EXACT)  # [N, T, Kp], [N, T, G]
     counts = step * a.unflatten(2, (-1, TILE)).sum(3, dtype=torch.int32)  # [N, T, G, 64] -> [N, T, G]
     a, step, _, counts = repeat_tiles((a, step, None, counts), x.shape[1], weight.repeats)

@@ -31,6 +31,7 @@ from lowbit.packing import unpack
 
 TILE, UNIT = 64, 128
 BLOCK = 16  # rows whose grids a CPU kernel reads together
+EXACT = 2  # int8 codes of a number that has no grid
 # bits -> (channels in a byte of the plane, dtype) for each plane
 PLANES = {
     8: ((1, torch.int8),),

@@ -7,10 +7,11 @@ from functools import partial
 import lowbit
 import pytest
 import torch
+from lowbit import integer
 from lowbit import planar_reference as reference
 from lowbit.cpu import native
 from lowbit.cpu import planar as cpu
-from lowbit.planar import padded_codes, planar_weight, unplanar
+from lowbit.planar import EXACT, padded_codes, planar_weight, unplanar
 from lowbit.reference import (
     dequantize_weight,
     quantize_activation_dynamic,
@@ -223,7 +224,8 @@ class Paths:
     """The native functions bound to a path, by the reference's names."""
 
     def __init__(self, path):
-        for run in (cpu.quantize_tiles, cpu.quantize_token, cpu.quantize_static, cpu.planar_linear):
+        quantizers = cpu.quantize_tiles, cpu.quantize_token, cpu.quantize_static, cpu.quantize_exactly
+        for run in (*quantizers, cpu.planar_linear):
             setattr(self, run.__name__, partial(on, path, run))
 
 
@@ -267,6 +269,26 @@ def test_native_codes_at_the_edges(paths, mode):
         assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) if found is not None else expected is None
 
 
+@pytest.mark.parametrize("T, C", [(0, 64), (1, 1), (3, 200), (40, 1024)])
+def test_native_codes_without_a_grid_are_the_same_bytes(paths, T, C):
+    x = activations(T, C)
+    if T == 3:
+        x[1, 70], x[2, :64] = math.nan, 0
+    a, step, shift, count = paths.quantize_exactly(x)
+    expected, steps = integer.exact_codes(x.nan_to_num(), EXACT)
+    broken = torch.zeros(T, a.shape[1] // 64, dtype=torch.bool)
+    if T == 3:
+        broken[1, 1] = True
+    for term in range(EXACT):
+        rows = slice(term * T, (term + 1) * T)
+        assert torch.equal(step[rows].isnan(), broken) and torch.equal(count[rows].isnan(), broken)
+        assert torch.equal(step[rows][~broken], steps[term][~broken])
+        tiles, wanted = (t.unflatten(1, (-1, 64))[~broken] for t in (a[rows], expected[term]))
+        assert torch.equal(tiles, wanted)
+        assert torch.equal(count[rows][~broken], steps[term][~broken] * wanted.sum(1))
+    assert shift is None
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 4, 5, 17])
 def test_native_product_is_the_reference_s(paths, bits, T, threads):
@@ -280,7 +302,7 @@ def test_native_product_is_the_reference_s(paths, bits, T, threads):
     )
     for (R, C), symmetric, wide, mode in cases:
         _, (packed, scale, *others) = disk_weight(R, C, bits, symmetric=symmetric)
-        scale = scale.float() * (-1.001 if wide else 1)  # no float16 holds these
+        scale = scale.float() * (1.001 if wide else 1)  # no float16 holds these
         weight = planar_weight(packed, scale, *others, bits=bits, channels=C)
         bias = None if symmetric else torch.randn(R, generator=seeded(3))
         inputs, _ = quantized(mode, activations(T, C))

@@ -215,36 +215,6 @@ Batch batch_of(const DecodeStep &step, long i) {
 // Where the codes `term` of token t lie among those of all tokens.
 long row_of(const Batch &batch, long terms, long term, long t) { return terms * batch.from + term * batch.n + t - batch.from; }
 
-// x as sums of EXACT_TERMS codes a number, each of what those before left over, as lowbit.integer.exact_codes.
-void exact_codes(const Worker &w, const DecodeSite &site, const Batch &batch, long t) {
-    const long G = site.tiles;
-    const float tiny = std::numeric_limits<float>::min(), nan = std::numeric_limits<float>::quiet_NaN();
-    for (long g = 0; g < G; ++g) {
-        const long from = g * PLANAR_TILE, left = site.channels - from, n = left < 0 ? 0 : left < PLANAR_TILE ? left : PLANAR_TILE;
-        float x[PLANAR_TILE] = {}, low = 0, high = 0;
-        std::memcpy(x, w.mine.x + from, n * sizeof(float));
-        const bool broken = w.planar.extremes(x, PLANAR_TILE, &low, &high) || high - low > std::numeric_limits<float>::max();
-        float step = (high > -low ? high : -low) / 127;
-        step = step > tiny ? step : tiny;
-        for (long term = 0; term < EXACT_TERMS; ++term) {
-            const long row = row_of(batch, EXACT_TERMS, term, t) * G + g;
-            std::int8_t *a = w.shared.a + row * PLANAR_TILE;
-            int sum = 0;
-            for (long i = 0; i < PLANAR_TILE; ++i) {
-                float code = broken ? 0 : std::rint(x[i] / step);
-                code = code > 127 ? 127 : code < -127 ? -127 : code;
-                x[i] -= code * step;
-                a[i] = static_cast<std::int8_t>(code);
-                sum += a[i];
-            }
-            w.shared.step[row] = broken ? nan : step;
-            w.shared.shift[row] = 0;
-            w.shared.count[row] = broken ? nan : step * static_cast<float>(sum);
-            step = step / 254 > tiny ? step / 254 : tiny;
-        }
-    }
-}
-
 // The tiles that a linear reads, beside each other, of one row of codes.
 void choose_tiles(const Worker &w, const DecodeLinear &linear, int i, long tiles, long row) {
     const Shared &s = w.shared;
@@ -277,7 +247,9 @@ void round_token(const Worker &w, const DecodeSite &site, long t) {
     const Batch batch = batch_of(w.step, t / PLANAR_TOKENS);
     const long first = row_of(batch, terms, 0, t) * G;
     w.path.rotate(site.rotation, w.mine.x, site.channels, w.mine.spare);
-    if (exact) exact_codes(w, site, batch, t);
+    if (exact)
+        planar_exact_token(w.planar, site.channels, G, batch.n, w.mine.x, s.a + first * PLANAR_TILE, s.step + first, s.shift + first,
+                           s.count + first);
     else
         planar_quantize_token(w.planar, site.clusters, G, w.mine.x, s.a + first * PLANAR_TILE, s.step + first, s.shift + first,
                               s.count + first);

@@ -77,7 +77,7 @@ struct DecodeStep {
     float *hidden;                      // [B, T, C]
 };
 
-constexpr long EXACT_TERMS = 2, DECODE_RUN = 16;          // codes a number; cached tokens that are decoded at a time
+constexpr long DECODE_RUN = 16;                           // cached tokens that are decoded at a time
 constexpr long DECODE_TOKENS = 64, DECODE_CHANNELS = 32;  // of a KV head: tokens scored, and channels mixed, as one item
 
 // The query heads of token t of sequence b that share KV head `head`. query [heads / kv_heads, D], key, value [D] before rotation; they are

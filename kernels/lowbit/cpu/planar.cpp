@@ -92,6 +92,35 @@ void planar_quantize_token(const PlanarPath &path, const PlanarClusters &cluster
     }
 }
 
+void planar_exact_token(const PlanarPath &path, long C, long tiles, long stride, const float *x, std::int8_t *a, float *step,
+                        float *shift, float *count) {
+    const float tiny = std::numeric_limits<float>::min(), nan = std::numeric_limits<float>::quiet_NaN();
+    for (long g = 0; g < tiles; ++g) {
+        const long from = g * PLANAR_TILE, left = C - from, n = left < 0 ? 0 : left < PLANAR_TILE ? left : PLANAR_TILE;
+        float rest[PLANAR_TILE] = {}, low = 0, high = 0;
+        std::memcpy(rest, x + from, n * sizeof(float));
+        const bool broken = path.extremes(rest, PLANAR_TILE, &low, &high) || high - low > std::numeric_limits<float>::max();
+        float size = (high > -low ? high : -low) / 127;
+        size = size > tiny ? size : tiny;
+        for (long term = 0; term < EXACT_TERMS; ++term) {
+            const long at = term * stride * tiles + g;
+            std::int8_t *codes = a + at * PLANAR_TILE;
+            int sum = 0;
+            for (long i = 0; i < PLANAR_TILE; ++i) {
+                float code = broken ? 0 : std::rint(rest[i] / size);
+                code = code > 127 ? 127 : code < -127 ? -127 : code;
+                rest[i] -= code * size;
+                codes[i] = static_cast<std::int8_t>(code);
+                sum += codes[i];
+            }
+            step[at] = broken ? nan : size;
+            if (shift) shift[at] = 0;
+            count[at] = broken ? nan : size * static_cast<float>(sum);
+            size = size / 254 > tiny ? size / 254 : tiny;
+        }
+    }
+}
+
 namespace {
 
 // The step and shift of all tokens.
@@ -216,6 +245,18 @@ EXPORT int lowbit_planar_quantize(int path, int threads, long T, long C, long ti
     for (long t = 0; t < T; ++t)
         planar_quantize_token(*chosen, all, tiles, x + t * C, a + t * tiles * PLANAR_TILE, step ? step + t * tiles : nullptr,
                               shift ? shift + t * tiles : nullptr, count + t * tiles);
+    return 0;
+}
+
+// Tokens x [T, C] that have no grid: a [EXACT_TERMS T, 64 tiles], step and count [EXACT_TERMS T, tiles], all first codes before all second
+// ones. Returns 0; 2 where this machine lacks the path.
+EXPORT int lowbit_planar_exact(int path, int threads, long T, long C, long tiles, const float *x, std::int8_t *a, float *step, float *count) {
+    const PlanarPath *chosen = planar_path(path);
+    if (!chosen) return 2;
+    const long worth = T * C >> 15, parts = worth < 1 ? 1 : worth < threads ? worth : threads;
+#pragma omp parallel for num_threads(parts) schedule(static)
+    for (long t = 0; t < T; ++t)
+        planar_exact_token(*chosen, C, tiles, T, x + t * C, a + t * tiles * PLANAR_TILE, step + t * tiles, nullptr, count + t * tiles);
     return 0;
 }
 

@@ -6,6 +6,7 @@
 
 // Channels that share a scale, channels that share bytes; rows, and the most tokens, that a kernel is handed at a time.
 constexpr long PLANAR_TILE = 64, PLANAR_UNIT = 128, PLANAR_ROWS = 16, PLANAR_TOKENS = 64;
+constexpr long EXACT_TERMS = 2;  // codes a number that has no grid
 
 // Bytes of a unit's first and second plane.
 constexpr long first_bytes(int bits) { return bits == 8 ? 128 : bits == 4 ? 64 : 32; }
@@ -75,6 +76,12 @@ const PlanarPath *planar_path(int path);
 // One token: a [64 tiles], step, shift and count [tiles]. `step` is null where all tokens share theirs, `shift` where none is needed.
 void planar_quantize_token(const PlanarPath &path, const PlanarClusters &clusters, long tiles, const float *x, std::int8_t *a, float *step,
                            float *shift, float *count);
+
+// One token that has no grid, x [C], as sums of EXACT_TERMS codes a number, each of what those before left over, as
+// lowbit.integer.exact_codes. What belongs to a later term lies `stride` rows behind: a [64 tiles], step, shift and count [tiles] each.
+// `shift`, which is 0, may be null.
+void planar_exact_token(const PlanarPath &path, long C, long tiles, long stride, const float *x, std::int8_t *a, float *step, float *shift,
+                        float *count);
 
 // y[t * R + r] for all tokens and the rows of a block.
 void planar_tokens(const PlanarPath &path, const PlanarActivations &x, int bits, const PlanarBlock &w, long rows, float *y, long R);

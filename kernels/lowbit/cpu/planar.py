@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.cpu import native
-from lowbit.planar import TILE, PlanarWeight, all_tiles
+from lowbit.planar import EXACT, TILE, PlanarWeight, all_tiles
 from lowbit.planar_reference import Quantized, check_clusters
 
 CLUSTERS_DO_NOT_FIT = 3
@@ -45,6 +45,23 @@ def quantize_static(
 ) -> Quantized:
     """`lowbit.planar_reference.quantize_static_planar`; arguments and errors as `quantize_tiles`."""
     return _quantize(x, scale, zero, bits, sizes, repeats, brief=False, path=path)
+
+
+def quantize_exactly(x: Tensor, *, path: str = "fastest") -> Quantized:
+    """x float32 [T, C], which has no grid, as two codes a number (`lowbit.integer.exact_codes`), on torch.get_num_threads() threads.
+
+    Returns:
+        a int8 [2 T, Kp], step float32 [2 T, G], None, count float32 [2 T, G]: all tokens' first codes, then all second ones.
+
+    Raises:
+        ValueError: x is not contiguous float32 on the CPU, or a path that this machine lacks.
+    """
+    T, C = _matrix(x)
+    G = all_tiles(C, None)
+    a = torch.empty(EXACT * T, G * TILE, dtype=torch.int8)
+    step, count = torch.empty(EXACT * T, G), torch.empty(EXACT * T, G)
+    native.check(_call("lowbit_planar_exact", path, (T, C, G), (x, a, step, count)), "", path)
+    return a, step, None, count
 
 
 def planar_linear(
