@@ -46,7 +46,7 @@ FORMATS: dict[str, Format] = {
         "gptq",
         ("v1", "v2"),
         True,
-        "AutoGPTQ's layout (v1) or GPTQModel's (v2, chosen where v1 cannot be read safely); vLLM, SGLang, GPTQModel",
+        "AutoGPTQ's layout (v1) or GPTQModel's (v2, chosen where v1 cannot be read safely); SGLang, GPTQModel",
     ),
     "gguf": Format(
         "gguf",

@@ -128,7 +128,7 @@ def _read(tensors: dict[str, torch.Tensor], bits: int, version: str) -> torch.Te
 def _notes(version: str, quantization: dict[str, Any]) -> list[str]:
     found = []
     if version == "v1" and not quantization["sym"]:
-        found.append("v1 with zero points: vLLM and SGLang read it, GPTQModel wants v2")
+        found.append("v1 with zero points: SGLang reads it, GPTQModel wants v2, vLLM (0.32) takes no zero points")
     if quantization["desc_act"]:
         found.append("groups are scattered (g_idx, desc_act): some kernels are slower or refuse it")
     return found

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lowbit import pack
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny_models import TEXT
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
@@ -58,6 +59,8 @@ def test_transformers_runs_pack_quantized(family, name, packed, tmp_path, compre
     """Against the packed model where every code is kept, else against what the file itself says."""
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
+    if name == "3 bits" and Version(compressed_tensors.__version__) < Version("0.18"):
+        pytest.skip("compressed-tensors before 0.18 puts ten 3-bit codes in a word")
     report = export(packed(family, name), tmp_path / "out", "compressed-tensors")
     if all(row["stored"] == "codes" for row in report["modules"]):
         expected = logits(ptq.load(packed(family, name)))

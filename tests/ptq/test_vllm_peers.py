@@ -10,14 +10,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from lowbit import ActivationQuantizer, Linear
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ptq
+from ptq.export import export
 
 pytestmark = pytest.mark.peers
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 128}
@@ -37,25 +38,6 @@ if __name__ == "__main__":
     for out in llm.generate([{"prompt_token_ids": p} for p in prompts], how):
         scores = [next(iter(place.values())).logprob for place in out.prompt_logprobs[1:]]
         print("FOUND", json.dumps([list(out.outputs[0].token_ids), scores]))
-"""
-# Its int8 product of codes as large as `top`, beside the exact one and one whose sums of two are held in 16 bits.
-INT8 = """
-import json, sys
-import torch
-from vllm.platforms import current_platform
-current_platform.import_kernels()
-from vllm import _custom_ops as ops
-torch.manual_seed(0)
-top = int(sys.argv[1])
-w = torch.randint(-top, top + 1, (256, 128), dtype=torch.int8)
-a = torch.randint(-127, 128, (8, 256), dtype=torch.int8)
-y, columns, ones = torch.empty(8, 128), w.t().contiguous().t(), torch.ones(128, 1)
-packed = ops.create_onednn_scaled_mm(columns, ones, torch.float32, True, False, 32)  # it reads both later
-ops.onednn_scaled_mm(packed, a, y, ones[:8], None, None, None)
-products = (a.int() + 128)[:, :, None] * w.int()  # [8, 256, 128]
-cut = (products[:, 0::2] + products[:, 1::2]).clamp(-(2**15), 2**15 - 1).sum(1) - 128 * w.int().sum(0)
-exact = a.double() @ w.double()
-print("FOUND", json.dumps([(y.double() - other).abs().max().item() for other in (exact, cut.double())]))
 """
 
 
@@ -95,6 +77,20 @@ def served(folder):
     return subprocess.run([sys.executable, "-c", RUN, arguments], capture_output=True, text=True, env=environment)
 
 
+def found_in(folder):
+    """(tokens generated, log probabilities of the prompt's tokens but the first) for each of PROMPTS."""
+    done = served(folder)
+    found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    assert len(found) == len(PROMPTS), done.stdout[-2000:] + done.stderr[-2000:]
+    return found
+
+
+@torch.no_grad()
+def log_probabilities(model, prompt):
+    ids = torch.tensor([prompt])
+    return model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
 @pytest.mark.parametrize(
     "family, options",
     [
@@ -106,11 +102,8 @@ def served(folder):
 @torch.no_grad()
 def test_vllm_finds_the_tokens_that_transformers_finds(family, options, packed, vllm):
     folder = packed(family, **options)
-    done = served(folder)
-    found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    assert len(found) == len(PROMPTS), done.stdout[-2000:] + done.stderr[-2000:]
     model = ptq.load(folder)
-    for prompt, (tokens, scores) in zip(PROMPTS, found):
+    for prompt, (tokens, scores) in zip(PROMPTS, found_in(folder)):
         ids = torch.tensor([prompt])
         how = {
             "max_new_tokens": NEW,
@@ -120,9 +113,8 @@ def test_vllm_finds_the_tokens_that_transformers_finds(family, options, packed, 
             "eos_token_id": None,
         }
         assert tokens == model.generate(ids, **how)[0, len(prompt) :].tolist()
-        expected = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         # float32 sums in another order, and inputs as two int8 codes where few tokens run
-        torch.testing.assert_close(torch.tensor(scores), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(scores), log_probabilities(model, prompt), rtol=0, atol=1e-3)
 
 
 def test_vllm_refuses_grids_that_it_cannot_run(packed, vllm):
@@ -183,13 +175,70 @@ def test_a_layer_that_is_not_filled_is_refused(vllm):
         method.process_weights_after_loading(layer)
 
 
-def test_int8_products_are_cut_off_without_vnni(vllm):
-    """What docs/export.md says of W8A8; where this fails, vLLM or its oneDNN has mended it."""
-    if "vnni" in Path("/proc/cpuinfo").read_text():
+@pytest.fixture
+def no_vnni(vllm):
+    """A processor with AVX2 and no instruction that adds int8 products in int32."""
+    from vllm.platforms import current_platform
+
+    has = torch.cpu.get_capabilities()
+    if not current_platform.is_cpu() or not has.get("avx2"):
+        pytest.skip("needs vLLM on a CPU with AVX2")
+    if has["avx512_vnni"] or has["avx_vnni"]:
         pytest.skip("this processor has VNNI")
-    for top, right in ((127, False), (63, True)):
-        done = subprocess.run([sys.executable, "-c", INT8, str(top)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-        from_exact, from_cut = json.loads(line.removeprefix("FOUND"))
-        assert (from_exact == 0) == right and from_cut == 0
+
+
+def saturated(codes, weight):
+    """vpmaddubsw's sums: int8 codes [T, C] moved up to uint8, times int8 weights [R, C], each pair of products held in int16.
+
+    Returns int64 [T, R], the 128 that every code was moved by taken off again.
+    """
+    products = (codes.int() + 128)[:, None] * weight.int()
+    products = torch.nn.functional.pad(products, (0, products.shape[-1] % 2))
+    pairs = products.unflatten(-1, (-1, 2)).sum(-1)  # [T, R, C] -> [T, R, ceil(C/2)]
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * weight.int().sum(-1)
+
+
+@pytest.mark.parametrize("tokens, channels", [(1, 128), (5, 130), (20, 131)])
+def test_int8_products_saturate_without_vnni(tokens, channels, no_vnni):
+    from vllm import _custom_ops as ops
+
+    random = torch.Generator().manual_seed(channels)
+    codes = torch.randint(-128, 128, (tokens, channels), generator=random, dtype=torch.int8)
+    for largest in (127, 64):  # two products of 255 and 64 fit int16
+        weight = torch.randint(-largest, largest + 1, (48, channels), generator=random, dtype=torch.int8)
+        scale, out = torch.ones(48, 1), torch.empty(tokens, 48)  # named, because the handler points into the scale
+        handler = ops.create_onednn_scaled_mm(weight.T, scale, torch.float32, True, False)
+        ops.onednn_scaled_mm(handler, codes, out, torch.ones(tokens, 1), None, None, None)
+        assert torch.equal(out, saturated(codes, weight).float())
+        assert torch.equal(out, codes.float() @ weight.float().T) == (largest == 64)
+
+
+class Saturating(torch.nn.Module):
+    """An int-quantized linear, weight int8 [R, C] and scale [R, 1]: inputs [..., C] are rounded token by token, sums are `saturated`."""
+
+    def __init__(self, weight, scale):
+        super().__init__()
+        self.weight, self.scale = weight, scale[:, 0]
+
+    def forward(self, x):
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        step = (high - low) / 255
+        zero = (-128 - low / step).round()
+        codes = ((x / step).round() + zero).clamp(-128, 127).to(torch.int8)
+        sums = saturated(codes.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])  # [T, R] -> [..., R]
+        return (sums - zero * self.weight.sum(-1)) * step * self.scale
+
+
+def test_without_vnni_a_w8a8_export_is_off_by_what_saturation_says(packed, tmp_path, no_vnni):
+    off = {"activations.q_bits": 16, "activations.softmax_bits": 16}
+    folder = packed("llama", method="smoothquant", wbits=8, abits=8, act_grid="token", kv_bits=16, settings=off)
+    export(folder, tmp_path / "out", "compressed-tensors:symmetric")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    exact = [log_probabilities(model, prompt) for prompt in PROMPTS]
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]:
+            model.set_submodule(name.removesuffix(".weight"), Saturating(tensors[name], tensors[name + "_scale"]))
+    for prompt, right, (_, scores) in zip(PROMPTS, exact, found_in(tmp_path / "out")):
+        torch.testing.assert_close(torch.tensor(scores), log_probabilities(model, prompt), rtol=0, atol=1e-3)
+        assert (torch.tensor(scores) - right).abs().max() > 0.1
