@@ -250,6 +250,9 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise BadInput(f"{folder}: no usable tokenizer: {' '.join(str(err).split())[:200]}") from err
+    if tokenizer.vocab_size == 0:  # what transformers makes of a folder that has none
+        raise BadInput(f"{folder}: no usable tokenizer: it knows no tokens; copy tokenizer.json and its companions there")
+    return tokenizer

@@ -163,6 +163,14 @@ def test_a_stored_copy_of_tied_weights_is_no_leftover(model_folder, recipe_for, 
     assert ptq.load(tmp_path / "out").lm_head.weight.shape == copied["lm_head.weight"].shape
 
 
+def test_a_folder_without_a_tokenizer(copy, recipe_for, run, tmp_path):
+    """transformers makes an empty one of it, which finds no tokens in any text."""
+    for file in copy.glob("*token*"):
+        file.unlink()
+    refused(BadInput, "no usable tokenizer: it knows no tokens", ptq.load_tokenizer, copy)
+    refused(BadInput, "no usable tokenizer: it knows no tokens", run, recipe_for(copy), tmp_path / "out")
+
+
 def test_a_tokenizer_of_another_model(copy, recipe_for, run, tmp_path):
     def cut_rows(tensors):
         name = "model.decoder.embed_tokens.weight"
