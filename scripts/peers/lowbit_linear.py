@@ -42,8 +42,8 @@ def laid_out(W, bits, group, symmetric):
 
 def read_bytes(weight):
     """Bytes that a product reads where no activation has a shift: planes, scales, and zero points if there are any."""
-    grids = [weight.scale, *([] if weight.zero is None else [weight.zero])]
-    return sum(t.numel() * t.element_size() for t in (*weight.planes, *grids))
+    sums = 2 * weight.scale.numel()
+    return sum(plane.numel() for plane in weight.planes) + weight.tables.numel() - sums
 
 
 def by_tiles(weight):
