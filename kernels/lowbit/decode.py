@@ -165,7 +165,7 @@ class Decoder:
         turn = None if turn is None else tuple(t[..., :half].float() for t in turn)  # [B or 1, T, R/2]
         mask = None if mask is None else _added(mask)
         sinks = _first_sinks(hidden) if self.sinks else 0
-        with unless_it_fails([cache.layers[i] for i in self.layers]):
+        with unless_it_fails(cache, self.layers):
             self._begin(cache, len(hidden), turn)
             if hidden.shape[1] == 1 and not sinks:
                 return self._advance(cache, y.clone(), turn, mask, path)
@@ -183,9 +183,9 @@ class Decoder:
     def _advance(self, cache: Cache, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
         """One token y [B, 1, C] of each sequence through the blocks, in place."""
         seat = self._seat(cache, 1, turn)
-        alive = _aim(seat.step, seat.room.tokens, y, turn, mask)
+        keep: list[Tensor] = []
+        _aim(seat.step, seat.room.tokens, y, turn, mask, keep)
         self._pass([seat.step], path, memory=seat.memory)
-        alive.clear()
         seat.room.show(seat.room.tokens + 1)
         return y
 
@@ -211,7 +211,7 @@ class Decoder:
             parts.append(y[:, begin:end].clone(memory_format=torch.contiguous_format))
             some = None if turn is None else _between(turn, begin, end)
             seen = None if mask is None else mask[:, begin:end, : held + end]
-            keep += _aim(step, held + begin, parts[-1], some, seen)
+            _aim(step, held + begin, parts[-1], some, seen, keep)
             steps.append(step)
         self._pass(steps, path)
         seat.room.show(held + tokens)
@@ -284,19 +284,17 @@ def _between(turn: Turn, begin: int, end: int) -> Turn:
     return turn[0][:, begin:end], turn[1][:, begin:end]
 
 
-def _aim(step: cpu.Step, held: int, y: Tensor, turn: Turn | None, mask: Tensor | None) -> list[Tensor]:
-    """Point a step at hidden states y [B, T, C] behind `held` tokens; returns what must outlive it.
+def _aim(step: cpu.Step, held: int, y: Tensor, turn: Turn | None, mask: Tensor | None, keep: list[Tensor]) -> None:
+    """Point a step at hidden states y [B, T, C] behind `held` tokens; `keep` gets what must outlive it.
 
     turn: [B or 1, T, R/2] each. mask: float32 [B or 1, T, held + T].
     """
-    alive: list[Tensor] = []
-    step.held, step.hidden = held, cpu.address(y, alive)
+    step.held, step.hidden = held, cpu.address(y, keep)
     cos, sin = (None, None) if turn is None else (t.contiguous() for t in turn)
-    step.cos, step.sin = cpu.address(cos, alive), cpu.address(sin, alive)
+    step.cos, step.sin = cpu.address(cos, keep), cpu.address(sin, keep)
     step.turn_stride = 0 if cos is None or len(cos) == 1 else cos[0].numel()
     mask = None if mask is None else mask.contiguous()
-    step.mask, step.mask_stride = cpu.address(mask, alive), 0 if mask is None or len(mask) == 1 else mask[0].numel()
-    return alive
+    step.mask, step.mask_stride = cpu.address(mask, keep), 0 if mask is None or len(mask) == 1 else mask[0].numel()
 
 
 def _check(blocks: list[nn.Module], roles: Roles, shape: Shape) -> None:

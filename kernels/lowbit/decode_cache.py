@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lowbit.cache import PackedCacheLayer
+from lowbit.cache import PackedCache, PackedCacheLayer
 from lowbit.spared import Spared
 
 SLACK = 8  # bytes past the end that may be read with the last codes
@@ -98,13 +98,15 @@ def spare(layers: list[PackedCacheLayer], count: int, turn: tuple[Tensor, Tensor
 
 
 @contextmanager
-def unless_it_fails(layers: list[DynamicLayer]) -> Iterator[None]:
-    """Within, an error leaves the layers, and the rotation that they share, as they were."""
-    rotation = getattr(layers[0], "rotation", None)
-    before = [(one, vars(one).copy()) for one in (*layers, rotation) if one is not None]
+def unless_it_fails(cache: Cache, layers: range) -> Iterator[None]:
+    """Within, an error leaves these layers of the cache, and how its tokens are rotated, as they were."""
+    rotations = list(cache.rotations) if isinstance(cache, PackedCache) else []
+    before = [(one, vars(one).copy()) for one in (*(cache.layers[i] for i in layers), *rotations)]
     try:
         yield
     except BaseException:
+        if isinstance(cache, PackedCache):
+            cache.rotations[:] = rotations
         for one, attributes in before:
             vars(one).clear()
             vars(one).update(attributes)
