@@ -82,7 +82,7 @@ class PtqQuantizer(HfQuantizer):
         check_packed(model, model.name_or_path)
         waiting = make_fast(model, spec_of(model.config))
         self.attach(model)
-        if model.dtype == torch.float32:
+        if model.dtype == torch.float32 and on_cpu(model):  # native calls read addresses
             from ptq.native_decode import decode_natively
 
             make = partial(offload.streamed_decoder, waiting) if waiting else None
@@ -121,28 +121,33 @@ def make_fast(model: nn.Module, spec: Spec) -> dict[lowbit.Linear, bool]:
     for part in [*blocks, model.get_output_embeddings()]:
         with offload.at_hand(part):
             skip_zeros(part)
-            if model.dtype == torch.float32:  # the kernels take no other
-                if part in blocks:
-                    run_block_on_integers(part, spec)
-                else:
-                    run_head_on_integers(model)
+            if part in blocks:
+                run_block_on_integers(part, spec, model.dtype)
+            else:
+                run_head_on_integers(model)
         waiting |= offload.let_go(part)
     return waiting
+
+
+def on_cpu(model: nn.Module) -> bool:
+    """Whether all of it computes on the CPU, wherever its tensors wait."""
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())} - {"meta"}
+    return devices | set(map(str, getattr(model, "hf_device_map", {}).values())) <= {"cpu", "disk"}
 
 
 def run_head_on_integers(model: nn.Module) -> None:
     """Let a packed output head run on integer kernels."""
     head = model.get_output_embeddings()
     if isinstance(head, lowbit.Linear):
-        integer.take([head])
+        integer.take([head], dtype=model.dtype)
 
 
-def run_block_on_integers(block: nn.Module, spec: Spec) -> None:
-    """Let every input site of a block run on integer kernels whose linears all can."""
+def run_block_on_integers(block: nn.Module, spec: Spec, dtype: torch.dtype = torch.float32) -> None:
+    """Let every input site of a block run on integer kernels whose linears all can. dtype: of activations."""
     for site in block_sites(spec, block):
         linears, norm = [block.get_submodule(path) for path in site.linears], norm_of(block, site)
         if site.router is None and all(isinstance(linear, lowbit.Linear) for linear in linears):
-            integer.take(linears, norm if isinstance(norm, lowbit.Norm) else None)
+            integer.take(linears, norm if isinstance(norm, lowbit.Norm) else None, dtype=dtype)
 
 
 def skip_zeros(model: nn.Module) -> None:

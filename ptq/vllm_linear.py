@@ -87,7 +87,7 @@ class PackedLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Make empty packed linears, and for each name of their tensors a parameter by which vLLM finds the loader of all parts."""
-        self.on_integers = params_dtype == torch.float32
+        self.dtype = params_dtype
         shapes = [(input_size, rows) for rows in output_partition_sizes]
         likes = [nn.Linear(*shape, bias=False, device="meta", dtype=params_dtype) for shape in shapes]
         layer.parts = nn.ModuleList(lowbit.build(spec, like) for spec, like in zip(self.specs, likes, strict=True))
@@ -121,8 +121,7 @@ class PackedLinearMethod(LinearMethodBase):
         for part in layer.parts:
             if part.sparse is not None:
                 part.skip_zeros_()
-        if self.on_integers:  # the kernels take no other inputs
-            integer.take(list(layer.parts))
+        integer.take(list(layer.parts), dtype=self.dtype)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = torch.cat([part(x) for part in layer.parts], -1) if len(layer.parts) > 1 else layer.parts[0](x)

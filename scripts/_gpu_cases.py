@@ -53,7 +53,7 @@ class Job:
     """One problem on a device.
 
     run: the kernel. check: its result -> the largest error as a share of what is allowed. others: name -> what is timed beside it.
-    moved: bytes that the kernel's inputs and outputs hold.
+    moved: bytes that the kernel's inputs and outputs hold; 0 where the time of a call says nothing.
     """
 
     run: Callable
@@ -449,7 +449,14 @@ def every_case() -> list[Case]:
     ):
         for R in (4096, 16384):
             cases.append(Case(f"solve_block, {name}", f"128 x {R}", partial(column_sweep, 128, R, keep, quantize)))
-    return cases
+    return cases + whole_models("W4A8", "rptq+ W4A4KV4")
+
+
+def whole_models(*presets: str) -> list[Case]:
+    """Logits of tiny packed models."""
+    from _gpu_model import model
+
+    return [Case(f"model, {preset}", "2 x 6 tokens, two blocks", partial(model, preset)) for preset in presets]
 
 
 def tiny_cases() -> list[Case]:
@@ -468,4 +475,5 @@ def tiny_cases() -> list[Case]:
         Case("sparse_linear 2:4 float16", "2 x 132 -> 9", partial(two_of_four, False, 2, 132, 9)),
         Case("sparse_linear 2:4 of 8 bits", "2 x 132 -> 9", partial(two_of_four, True, 2, 132, 9)),
         Case("FlexGen's codec", "2 x 70 -> 9", partial(flexgen, 2, 70, 9)),
+        *whole_models("W4A8"),
     ]

@@ -96,6 +96,20 @@ def quantize(norm=0, types=(), **values):
     }
 
 
+def codes(function, types=(), **values):
+    """The line of a quantizer of its own, for 4096 channels of bfloat16."""
+    always = {"x": "*bf16", "a": CODES} | dict.fromkeys(("step", "count"), FLOATS)
+    sizes = dict.fromkeys(("T", "C", "x_stride", "tiles", "grid_stride"), SIZE)
+    return {
+        "module": "lowbit.triton.quantize",
+        "function": function,
+        "types": always | sizes | dict(types),
+        "values": {"TILES": 16} | values,
+        "options": {"num_warps": 2},
+        "aligned": ("C", "x_stride", "grid_stride"),
+    }
+
+
 def kv_append(bits, rotary_dim):
     """The line of one new token's keys and values, heads of 128 channels in bfloat16."""
     types = dict.fromkeys(("keys", "values"), "*bf16") | dict.fromkeys(("key_plane", "value_plane"), BYTES)
@@ -203,6 +217,8 @@ KERNELS |= {
         "aligned": ("size", "N"),
     },
     "quantize: tiles": quantize(types=STEPPED),
+    "quantize: clusters": codes("clusters_kernel", {"ends": "*i64", "bits": BYTES, "shift": FLOATS}, BRIEF=True),
+    "quantize: two codes a number": codes("exact_kernel", G=64, TERMS=2),
     "quantize: residual, RMSNorm, gather, tiles": quantize(2, STEPPED + JOINED),
     "quantize: residual, RMSNorm, gather, rotate, tiles": quantize(2, STEPPED + JOINED, ROTATE=True),
     "quantize: residual, LayerNorm, gather, static": quantize(1, ("scale", "zero", "bias", *JOINED)),

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Check every Triton kernel of lowbit against float64 on this machine's GPU, and time it beside what else computes the same.
 
+Tiny packed models whose linears run on the kernels are checked too, against the reference operations on the CPU.
+
 usage: python scripts/gpu_check.py --out results [--only "linear W4"]
        python scripts/gpu_check.py --out /tmp/check --interpret
 
@@ -59,7 +61,7 @@ def measure(cases, device, *, times):
         except Exception as error:  # the others are still worth knowing
             row["failed"] = told(error)
         else:
-            if times:
+            if times and job.moved:
                 row["ms"] = {"ours": timed(job.run)} | {name: timed(run) for name, run in job.others.items()}
                 if isinstance(row["ms"]["ours"], float):
                     row["GB/s"] = round(job.moved / row["ms"]["ours"] * 1e-6, 1)
@@ -94,7 +96,8 @@ def page(result):
         [
             f"# The Triton kernels on {result['device']}",
             "",
-            f"Error: the largest, as a share of what float64 allows; above 1 is a failure. {said}",
+            "Error: the largest, as a share of what float64 allows, or for a model's logits of what a code that falls to its other"
+            f" side may cost; above 1 is a failure. {said}",
             "",
             markdown(table, right=range(2, len(table[0]))),
             "",

@@ -1,10 +1,19 @@
 """Linears on integer kernels: codes of what enters them, and products with planar weights.
 
+Each device has a module of the same functions (`KERNELS`): native ones on a CPU, Triton's on a GPU.
+
 Inputs without a grid, those of weight-only linears and of spared sinks, are written as sums of two int8 codes, the second of what the
 first left over: 16 bits, 2^-15 of a tile's largest number.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +27,73 @@ from lowbit.planar_reference import repeat_tiles
 FEW_TOKENS = 16
 
 
-def runs(x: Tensor, quantizer) -> bool:
-    """Whether integer kernels take x [..., C], which `quantizer` rounds: float32, on a CPU that has them, no gradient asked.
+@dataclass(frozen=True)
+class Kernels:
+    """Integer kernels of a kind of device.
 
-    Without a quantizer only a few tokens.
+    module: has `quantize_static`, `quantize_tiles`, `quantize_token`, `quantize_exactly` and `planar_linear` as `lowbit.cpu.planar` has
+    them; imported when they are first wanted. dtypes: of activations. run_on: whether they run on a device of this kind, and are worth it.
     """
-    wanted = x.dtype == torch.float32 and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+
+    module: str
+    dtypes: tuple[torch.dtype, ...]
+    run_on: Callable[[torch.device], bool]
+
+
+@cache
+def _triton_runs_on(device: torch.device) -> bool:
+    """Says once for a device why its linears will unpack their weights."""
+    if find_spec("triton") is None:
+        why = "triton is missing: install triton"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        why = "compute capability 8.0 is needed"
+    else:
+        return True
+    warnings.warn(f"lowbit.integer has no kernels for {device} ({why}): slow PyTorch operations run", stacklevel=2)
+    return False
+
+
+HALVES = torch.float16, torch.bfloat16
+KERNELS = {
+    "cpu": Kernels("lowbit.cpu.planar", (torch.float32,), lambda device: native.fast_avx2()),
+    "cuda": Kernels("lowbit.triton.linear", (torch.float32, *HALVES), _triton_runs_on),
+}
+
+
+def runs(x: Tensor, weight: PlanarWeight, quantizer) -> bool:
+    """Whether integer kernels take x [..., C], which `quantizer` rounds: its device has some for its dtype, no gradient is asked.
+
+    Without a quantizer only a few tokens; never with a weight on another device.
+    """
+    wanted = x.device == weight.scale.device and not (torch.is_grad_enabled() and x.requires_grad)
     short = quantizer is not None or x.numel() <= FEW_TOKENS * x.shape[-1]
-    return wanted and short and (torch.compiler.is_compiling() or native.fast_avx2())
+    return wanted and short and _have_kernels(x.device, x.dtype)
 
 
-def take(linears, norm=None) -> bool:
+def _have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    known = KERNELS.get(device.type)
+    if known is None or dtype not in known.dtypes:
+        return False
+    if torch.compiler.is_compiling():  # only the CPU's are operators, and `take` has seen that it has them
+        return device.type == "cpu"
+    return known.run_on(device)
+
+
+def take(linears, norm=None, *, dtype: torch.dtype = torch.float32) -> bool:
     """Run `lowbit.Linear`s that share their input on integer kernels from now on, if all of them can; returns whether they can.
 
-    They can on a CPU that has the kernels, where every code is stored, and weight groups and the input's clusters are whole tiles of 64
-    channels. The layout is made beside the stored tensors and is not saved.
+    They can where the device has kernels for activations of `dtype`, or another that the model may yet be moved to, if every code is
+    stored, and weight groups and the input's clusters are whole tiles of 64 channels. The layout is made beside the stored tensors,
+    moves with them and is not saved.
     norm: the `lowbit.Norm` that makes the input, if one does; all that multiplies its output must be in `linears`, because its
     quantizer acts in them then.
     """
     quantizers = [linear.input_quantizer if norm is None else norm.quantizer for linear in linears]
-    weights = [_laid_out(linear, quantizer) for linear, quantizer in zip(linears, quantizers)]
+    weights = [_laid_out(linear, quantizer, dtype) for linear, quantizer in zip(linears, quantizers)]
     if any(weight is None for weight in weights):
         return False
     for linear, weight in zip(linears, weights):
-        linear.planar, _ = weight, weight.tables  # these are made now: a graph that is compiled could not
+        linear.planar = weight
     if norm is not None and norm.quantizer is not None:
         norm.handed_over = True
         for linear in linears:
@@ -49,10 +101,10 @@ def take(linears, norm=None) -> bool:
     return True
 
 
-def _laid_out(linear, quantizer) -> PlanarWeight | None:
+def _laid_out(linear, quantizer, dtype: torch.dtype) -> PlanarWeight | None:
     if linear.bits == 16 or linear.codec != "grid" or linear.sparse is not None:
         return None
-    if linear.weight_packed.device.type != "cpu" or not native.fast_avx2():
+    if not _will_have_kernels(linear.weight_packed.device, dtype):
         return None
     if quantizer is not None and not _takes(quantizer, linear.in_features):
         return None
@@ -62,17 +114,23 @@ def _laid_out(linear, quantizer) -> PlanarWeight | None:
         return None
 
 
+def _will_have_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` has kernels, or is a CPU beside a GPU that has some: models are often loaded on the one for the other."""
+    gpu = device.type == "cpu" and torch.cuda.is_available()
+    return _have_kernels(device, dtype) or (gpu and _have_kernels(torch.device("cuda", 0), dtype))
+
+
 def laid_out(linear) -> PlanarWeight:
     """A `lowbit.Linear`'s codes and grids as the integer kernels read them. Raises ValueError for groups inside a tile."""
     stored = linear.weight_packed, linear.weight_scale, linear.weight_zero, linear.weight_groups
     fine = None if linear.fine is None else (linear.weight_rest, linear.weight_rest_zero, linear.weight_fine)
-    return planar_weight(*stored, bits=linear.bits, channels=linear.in_features, fine=fine)
+    return planar_weight(*stored, bits=linear.bits, channels=linear.in_features, fine=fine).ready()
 
 
 def _takes(quantizer, channels: int) -> bool:
     if quantizer.mode == "token":
         return True
-    if quantizer.mode not in ("static", "tile") or int(quantizer.bits.max()) > 8:
+    if quantizer.mode not in ("static", "tile") or int(quantizer.bits.max()) > 8 or int(quantizer.sizes.min()) < 1:
         return False
     try:
         tile_owners(quantizer.sizes, channels)
@@ -82,7 +140,7 @@ def _takes(quantizer, channels: int) -> bool:
 
 
 def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
-    """quantizer(x) W^T + bias by integer kernels: x float32 [..., C] -> [..., R]. Rows that `quantizer` spares keep full precision."""
+    """quantizer(x) W^T + bias by integer kernels: x [..., C] -> [..., R] in its dtype. Rows that `quantizer` spares keep full precision."""
     flat = x.reshape(-1, x.shape[-1])  # [..., C] -> [T, C]
     bias = None if bias is None else bias.float()
     if quantizer is None:
@@ -93,45 +151,45 @@ def product(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> 
         if spared is not None:
             rows = spared.flatten()  # [..., 1] -> [T]
             if torch.compiler.is_compiling():
-                y = _kernels().spare(y, rows, flat, weight, bias)
+                y = _kernels(x.device).spare(y, rows, flat, weight, bias)
             else:
                 y[rows] = unrounded(flat[rows], weight, bias)
-    return y.view(*x.shape[:-1], weight.rows)  # [T, R] -> [..., R]
+    return y.to(x.dtype).view(*x.shape[:-1], weight.rows)  # [T, R] -> [..., R]
 
 
-def _kernels():
+def _kernels(device: torch.device):
     """The module of the kernels' functions; of their operators while a graph is compiled."""
     if torch.compiler.is_compiling():
         from lowbit import library
 
         return library
-    from lowbit.cpu import planar
-
-    return planar
+    return import_module(KERNELS[device.type].module)
 
 
 def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
-    cpu = _kernels()
+    kernels = _kernels(x.device)
     x, again = x.contiguous(), {"repeats": weight.repeats}
     if quantizer.mode == "static":
-        codes = cpu.quantize_static(x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long(), **again)
+        codes = kernels.quantize_static(
+            x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long(), **again
+        )
     elif quantizer.mode == "tile":
-        codes = cpu.quantize_tiles(x, quantizer.bits, quantizer.sizes.long(), **again)
+        codes = kernels.quantize_tiles(x, quantizer.bits, quantizer.sizes.long(), **again)
     else:
-        codes = cpu.quantize_token(x, quantizer.token_bits, **again)
-    return cpu.planar_linear(*codes, weight, bias)
+        codes = kernels.quantize_token(x, quantizer.token_bits, **again)
+    return kernels.planar_linear(*codes, weight, bias)
 
 
 def unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
     """x W^T + bias with each number of x as a sum of EXACT int8 codes: x [T, C] -> [T, R]."""
-    cpu = _kernels()
+    kernels = _kernels(x.device)
     if weight.repeats is None and not torch.compiler.is_compiling():
-        return cpu.planar_linear(*cpu.quantize_exactly(x.contiguous()), weight, bias, terms=EXACT)
-    a, step = exact_codes(x, EXACT)  # [N, T, Kp], [N, T, G]
+        return kernels.planar_linear(*kernels.quantize_exactly(x.contiguous()), weight, bias, terms=EXACT)
+    a, step = exact_codes(x.float(), EXACT)  # [N, T, Kp], [N, T, G]
     counts = step * a.unflatten(2, (-1, TILE)).sum(3, dtype=torch.int32)  # [N, T, G, 64] -> [N, T, G]
     a, step, _, counts = repeat_tiles((a, step, None, counts), x.shape[1], weight.repeats)
     codes = a.flatten(0, 1), step.flatten(0, 1), None, counts.flatten(0, 1)  # [N, T, ...] -> [N T, ...]
-    return cpu.planar_linear(*codes, weight, bias, terms=EXACT)
+    return kernels.planar_linear(*codes, weight, bias, terms=EXACT)
 
 
 def exact_codes(x: Tensor, terms: int) -> tuple[Tensor, Tensor]:

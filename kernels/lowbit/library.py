@@ -1,7 +1,8 @@
 """The integer kernels as PyTorch operators `torch.ops.lowbit.*`, with the shapes of what they return, so that torch.compile sees through.
 
 Only a graph that is being compiled goes through them (`lowbit.integer`): called one by one, an operator costs more than its kernel's
-ctypes call. The functions here take what those of `lowbit.cpu.planar` take.
+ctypes call. They are the CPU's: on a GPU a compiled graph has the reference operations. The functions here take what those of
+`lowbit.cpu.planar` take.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ class Linear(nn.Module):
     int32 [F] names; `fine` is {"groups": F, "channels": K}, None for none.
     At 16 bits: `weight` [R, C]. `bias` [R] or None. `input_quantizer` acts on x, `output_quantizer` on y (queries, keys, values).
     `rotation` is the block of the Hadamard transform of x (`lowbit.hadamard`), 1 for none; the weight's columns are in its basis.
-    `planar` is the weight once more, laid out for integer kernels (`lowbit.integer.take`), and `taken_over` the quantizer of the norm
-    before it, which acts here then.
+    `planar` is the weight once more, laid out for integer kernels (`lowbit.integer.take`), which follows it from device to device, and
+    `taken_over` the quantizer of the norm before it, which acts here then.
 
     `sparse` says how zeros are left out (lowbit.sparse), None for not at all:
     {"kind": "bitmask", "kept": K}: `weight_mask` uint8 [R, ceil(C/8)], and the K kept entries as `weight_values` [K] at 16 bits, else
@@ -377,7 +377,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
         quantizer = self._quantizer()
-        if self.planar is not None and integer.runs(x, quantizer):
+        if self.planar is not None and integer.runs(x, self.planar, quantizer):
             y = integer.product(self._turned(x), self.planar, self.bias, quantizer)
             return y if self.output_quantizer is None else self.output_quantizer(y)
         x = self.multiplied(x)
@@ -386,6 +386,14 @@ class Linear(nn.Module):
         else:
             y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
         return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _apply(self, fn, recurse=True):
+        """`to` and its like: the layout for the kernels, which is no buffer, goes where the weight goes, in its own dtypes."""
+        super()._apply(fn, recurse)
+        if self.planar is not None:
+            device = self.weight_packed.device
+            self.planar = None if device.type == "meta" else self.planar.to(device)
+        return self
 
     def multiplied(self, x: torch.Tensor) -> torch.Tensor:
         """What the weight multiplies of an input x [..., C]: rotated and quantized."""

@@ -18,7 +18,7 @@ channels as tiles of their own, and read the activations of those tiles once mor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -89,6 +89,21 @@ class PlanarWeight:
         parts.append((self.total / divisor).round().to(torch.int16))
         blocks = [_blocks_of(part).view(torch.uint8).flatten(1) for part in parts]  # [blocks, bytes] each
         return torch.cat(blocks, 1).unflatten(1, (-1, self.tiles * BLOCK))
+
+    def to(self, device: torch.device) -> PlanarWeight:
+        """The same on `device`; itself where it is there."""
+        if device == self.scale.device:
+            return self
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        held["planes"] = tuple(plane.to(device) for plane in self.planes)
+        moved = {name: t.to(device) for name, t in held.items() if isinstance(t, Tensor)}
+        return PlanarWeight(**held | moved).ready()
+
+    def ready(self) -> PlanarWeight:
+        """Itself, with its `tables` made if it is on a CPU: a graph that is being compiled could not make them."""
+        if self.scale.is_cpu:
+            self.tables  # noqa: B018
+        return self
 
     @property
     def padded(self) -> int:

@@ -36,6 +36,8 @@ PREFILL = {
 OTHERS = (
     "linear W3: 64 tokens, dynamic, zero points, shifts",
     "linear W4: 2048 tokens, dynamic, zero points, shifts",
+    "quantize: clusters",
+    "quantize: two codes a number",
     "quantize: residual, RMSNorm, gather, rotate, tiles",
 )
 BYTE_WIDE = re.compile(r"(LDG|LDGSTS|LDS|STS)(\.\w+)*\.[US]8")

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowbit.planar import EXACT, TILE, UNIT
 from lowbit.triton.planar_linear import padded_tokens
 
-TILE, UNIT = 64, 128
 ROTATION = 64
 NORMS = {None: 0, "layernorm": 1, "rmsnorm": 2, "rmsnorm_plus_one": 3}
 OPTIONS = {
@@ -24,14 +24,14 @@ OPTIONS = {
 # Channels that a thread holds; tiles of a program that need not see the whole token.
 HELD, FEW_TILES = 16, 16
 TINY = tl.constexpr(1.1754943508222875e-38)
-EXACT = tl.constexpr(4194304.0)
+WHOLE = tl.constexpr(4194304.0)
 MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def _rounded(v):
     """Half to even: adding 1.5 * 2^23 leaves no bits for a fraction. Larger numbers, infinities and NaN have none."""
-    return tl.where(tl.abs(v) < EXACT, (v + MAGIC) - MAGIC, v)
+    return tl.where(tl.abs(v) < WHOLE, (v + MAGIC) - MAGIC, v)
 
 
 @triton.jit
@@ -127,6 +127,123 @@ def quantize_kernel(
         tl.store(step + at, s, mask=tile < G)
     if shift is not None:
         tl.store(shift + at, tl.where(there & (b == 8), s * (128.0 - z), 0.0), mask=tile < G)
+
+
+@triton.jit
+def exact_kernel(
+    x, a, step, count, T, C, x_stride, grid_stride, TILES: tl.constexpr, G: tl.constexpr, TERMS: tl.constexpr
+):  # fmt: skip
+    """TILES tiles of a token as TERMS codes a number: x [C] -> a [64 G], and step, count at [g, token], those of term n at token + n T."""
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    channel = tile[:, None] * 64 + tl.arange(0, 64)[None, :]
+    left = tl.load(x + token * x_stride + channel, mask=channel < C, other=0.0).to(tl.float32)
+    broken = tl.sum((left - left != 0.0).to(tl.int32), axis=1) > 0
+    s = tl.maximum(tl.div_rn(tl.max(tl.abs(left), axis=1), tl.zeros([TILES], tl.float32) + 127.0), TINY)
+    for term in tl.static_range(TERMS):
+        steps = tl.broadcast_to(s[:, None], left.shape)
+        codes = tl.minimum(tl.maximum(_rounded(tl.div_rn(left, steps)), -127.0), 127.0)
+        codes = tl.where(broken[:, None], 0.0, codes)
+        left -= codes * steps
+        row = token + term * T
+        tl.store(a + row * (G * 64) + channel, codes.to(tl.int8), mask=channel < G * 64)
+        known = tl.where(broken, float("nan"), s)
+        tl.store(step + tile * grid_stride + row, known, mask=tile < G)
+        tl.store(count + tile * grid_stride + row, known * tl.sum(codes, axis=1), mask=tile < G)
+        s = tl.maximum(tl.div_rn(s, tl.zeros([TILES], tl.float32) + 254.0), TINY)
+
+
+@triton.jit
+def clusters_kernel(
+    x, ends, bits, a, step, shift, count, C, x_stride, tiles, grid_stride, TILES: tl.constexpr, BRIEF: tl.constexpr,
+):  # fmt: skip
+    """One cluster of one token, its tiles up to ends [n]: x [C] -> a [64 tiles], and step, shift, count at [g, token].
+
+    The last cluster writes the tiles of padding too. BRIEF: hold the step as bfloat16.
+    """
+    token, cluster = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = tl.load(ends + cluster - 1, mask=cluster > 0, other=0)
+    last = tl.load(ends + cluster)
+    within = tl.arange(0, TILES)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    lows, highs = tl.zeros([TILES, 64], tl.float32), tl.zeros([TILES, 64], tl.float32)
+    odd = tl.zeros([TILES, 64], tl.int32)
+    for g in tl.range(first, last, TILES, num_stages=1):
+        channel = g * 64 + within
+        value = tl.load(x + token * x_stride + channel, mask=channel < tl.minimum(last * 64, C), other=0.0).to(
+            tl.float32
+        )
+        lows, highs = tl.minimum(lows, value), tl.maximum(highs, value)
+        odd |= (value - value != 0.0).to(tl.int32)
+    every = tl.zeros([TILES], tl.int32)  # the grid is the same in all tiles, and each has a copy
+    low, high = every + tl.min(tl.min(lows, axis=1), axis=0), every + tl.max(tl.max(highs, axis=1), axis=0)
+    broken = (every + tl.max(tl.max(odd, axis=1), axis=0)) > 0
+
+    b = tl.load(bits + cluster + every).to(tl.int32)
+    top = ((1 << b) - 1).to(tl.float32)
+    s = tl.maximum(tl.div_rn(high - low, top), TINY)
+    if BRIEF:
+        s = _brief(s)
+    z = _rounded(tl.div_rn(-low, s))
+    offset = tl.where(b == 8, 128.0, z)
+    broken = broken | (s - s != 0.0)
+    known = tl.where(broken, float("nan"), s)
+    written = tl.where(cluster == tl.num_programs(1) - 1, tiles, last)
+    for g in tl.range(first, written, TILES, num_stages=1):
+        channel, tile = g * 64 + within, g + tl.arange(0, TILES)
+        inside = channel < tl.minimum(last * 64, C)
+        value = tl.load(x + token * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        codes = _rounded(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape))) + z[:, None]
+        codes = tl.minimum(tl.maximum(codes, 0.0), top[:, None]) - offset[:, None]
+        codes = tl.where(inside & ~broken[:, None], codes, 0.0)
+        tl.store(a + token * tiles * 64 + channel, codes.to(tl.int8), mask=channel < written * 64)
+        at, there, mine = tile * grid_stride + token, tile < last, tile < written
+        tl.store(step + at, tl.where(there, known, 1.0), mask=mine)
+        tl.store(shift + at, tl.where(there & (b == 8), known * (128.0 - z), 0.0), mask=mine)
+        tl.store(count + at, tl.where(there, known * tl.sum(codes, axis=1), 0.0), mask=mine)
+
+
+def quantize_clusters(x: Tensor, bits: Tensor, ends: Tensor, *, brief: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each token's own grid in each cluster of one tile or more.
+
+    Args:
+        x: float [T, C], channels contiguous.
+        bits: uint8 [n], 2 to 8.
+        ends: int [n], where each cluster's tiles end, ascending to ceil(C / 64).
+        brief: hold the step as bfloat16.
+
+    Returns:
+        (a, step, shift, count) as `quantize_tiles`.
+    """
+    T, C = x.shape
+    G, rows = triton.cdiv(C, UNIT) * 2, padded_tokens(T)
+    a = torch.empty(rows, G * TILE, dtype=torch.int8, device=x.device)
+    step, shift, count = (torch.empty(G, rows, device=x.device) for _ in range(3))
+    if T:
+        with torch.cuda.device_of(x):
+            clusters_kernel[(T, ends.numel())](
+                x, ends, bits, a, step, shift, count, C, x.stride(0), G, rows, TILES=FEW_TILES, BRIEF=brief,
+                num_warps=FEW_TILES * TILE // (32 * HELD), **OPTIONS,
+            )  # fmt: skip
+    return a[:T], *(t[:, :T].t() for t in (step, shift, count))
+
+
+def quantize_exactly(x: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
+    """x float [T, C], channels contiguous, as EXACT codes a number (`lowbit.integer.exact_codes`): all tokens' first ones, then the second.
+
+    Returns:
+        a int8 [2 T, Kp], step float32 [2 T, G], None, count float32 [2 T, G], laid out as those of `quantize_tiles`.
+    """
+    T, C = x.shape
+    G, rows = triton.cdiv(C, UNIT) * 2, padded_tokens(EXACT * T)
+    a = torch.empty(rows, G * TILE, dtype=torch.int8, device=x.device)
+    step, count = (torch.empty(G, rows, device=x.device) for _ in range(2))
+    if T:
+        with torch.cuda.device_of(x):
+            exact_kernel[(T, triton.cdiv(G, FEW_TILES))](
+                x, a, step, count, T, C, x.stride(0), rows, TILES=FEW_TILES, G=G, TERMS=EXACT,
+                num_warps=FEW_TILES * TILE // (32 * HELD), **OPTIONS,
+            )  # fmt: skip
+    return a[: EXACT * T], step[:, : EXACT * T].t(), None, count[:, : EXACT * T].t()
 
 
 def quantize_tiles(x: Tensor, bits: Tensor, *, shifted: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -1,0 +1,88 @@
+"""A tiny packed model with random weights as a case of gpu_check.py: its logits on a device beside the reference operations on the CPU."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import torch
+from _gpu_cases import Job
+from lowbit import integer
+from lowbit.cpu import native
+from lowbit.modules import Linear
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+TOKENS = torch.arange(2 * 6).view(2, 6) * 37 + 3
+# name -> options of `ptq.quantize`, and how far logits may be off, of the largest: where sums are added in another order, a number at
+# the edge between two codes may fall to the other side.
+PRESETS = {
+    "W4A8": ({"preset": "W4A8", "tile": 64, "groups": 64, "settings": {"clusters.R3": 1}}, 0.01),
+    "rptq+ W4A4KV4": ({"preset": "W4A4KV4", "method": "rptq+", "settings": {"weights.head": 8}}, 0.05),
+}
+
+
+def model(preset: str, device: torch.device) -> Job:
+    """A LLaMA of two blocks, float32, every linear on the integer kernels."""
+    options, near = PRESETS[preset]
+    with TemporaryDirectory() as folder:
+        _pack(Path(folder), options)
+        with _kernels({}):
+            expected = _logits(_load(folder, torch.device("cpu")))
+        with _kernels(_of(device)):
+            packed = _load(folder, device)
+    outside = [n for n, m in packed.named_modules() if isinstance(m, Linear) and m.planar is None]
+    if outside:
+        raise ValueError(f"{', '.join(outside)} run outside the integer kernels")
+
+    def run():
+        with _kernels(_of(device)):
+            return _logits(packed)
+
+    def check(logits):
+        off = (logits.double().cpu() - expected.double()).abs().max()
+        return float((off / (near * expected.abs().max())).nan_to_num(torch.inf))
+
+    return Job(run, check)
+
+
+def _pack(folder: Path, options: dict) -> None:
+    """Quantize a random model into `folder`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import ptq
+    from ptq.texts import ASSETS
+
+    source = folder / "source"
+    tokenizer = ptq.load_tokenizer(ASSETS / "tiny-opt")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), num_hidden_layers=2, **SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    ptq.quantize(source, folder / "out", nsamples=8, seqlen=64, device="cpu", offline=True, **options)
+
+
+def _of(device: torch.device) -> dict[str, integer.Kernels]:
+    """The table of kernels with Triton's for `device`, which the interpreter runs on a CPU."""
+    there = integer.KERNELS["cuda"]
+    return {device.type: there if device.type == "cuda" else replace(there, run_on=lambda device: True)}
+
+
+@contextmanager
+def _kernels(known: dict[str, integer.Kernels]):
+    """Within, there are these kernels alone, and no native calls of whole blocks."""
+    with patch.dict(integer.KERNELS, known, clear=True), patch.object(native, "fast_avx2", lambda: False):
+        yield
+
+
+def _load(folder: str, device: torch.device) -> torch.nn.Module:
+    import ptq
+
+    return ptq.load(Path(folder) / "out", device=str(device), dtype=torch.float32)
+
+
+@torch.no_grad()
+def _logits(packed: torch.nn.Module) -> torch.Tensor:
+    return packed(TOKENS.to(packed.device)).logits

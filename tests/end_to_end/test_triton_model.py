@@ -1,0 +1,93 @@
+"""A packed model whose linears all run on the Triton kernels, which the interpreter runs on CPU tensors, computes what it does without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from lowbit.cpu import native
+from lowbit.modules import Linear
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ptq
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+OPT = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 192, "num_attention_heads": 2}
+# what is measured -> family, its sizes, options of the run, functions of `lowbit.triton.linear` that the model calls, how close
+MODELS = {
+    # Without a grid, those of sinks, numbers are 2^-15 of a tile's largest off, and a code on the edge falls to its other side.
+    "each token's grids": (
+        "llama",
+        LLAMA,
+        {"method": "rptq+", "preset": "W4A4KV4", "clusters": {"wide": 0.16}, "weights": {"fine": 0.1, "head": 8}},
+        {"quantize_tiles", "quantize_exactly", "planar_linear"},
+        1e-3,
+    ),
+    "static grids": (
+        "opt",
+        OPT,
+        {"preset": "W4A8", "clusters": {"R1": 2, "R3": 1, "R4": 2, "R5": 2, "tile": 64}, "weights": {"groups": 64}},
+        {"quantize_static", "planar_linear"},
+        1e-5,
+    ),
+}
+CHILD = """
+import json, sys, torch
+from dataclasses import replace
+from lowbit import integer
+from lowbit.cpu import native
+from lowbit.modules import Linear
+from lowbit.triton import linear as kernels
+def counted(name, run):
+    return lambda *given, **more: called.add(name) or run(*given, **more)
+called = set()
+for name in ("quantize_static", "quantize_tiles", "quantize_token", "quantize_exactly", "planar_linear"):
+    setattr(kernels, name, counted(name, getattr(kernels, name)))
+native.fast_avx2 = lambda: False  # no native block takes the linears' place
+integer.KERNELS["cpu"] = replace(integer.KERNELS["cuda"], run_on=lambda device: True)
+import ptq
+model, tokens = ptq.load(sys.argv[1]), torch.load(sys.argv[2])
+waiting = [n for n, m in model.named_modules() if isinstance(m, Linear) and m.planar is None]
+with torch.no_grad():
+    found = {"logits": model(tokens).logits}
+    found["tokens"] = model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0)
+torch.save(found, sys.argv[3])
+print(json.dumps([sorted(called), waiting]))
+"""
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_and_tokens_are_those_of_the_reference(name, tokenizer, recipe_for, run, tokens, tmp_path, monkeypatch):
+    family, sizes, options, functions, near = MODELS[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=300, num_hidden_layers=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    run(recipe_for(tmp_path / "source", **options), tmp_path / "out")
+    given = tokens[:2, :4]
+    torch.save(given, tmp_path / "tokens")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    folders = [str(tmp_path / part) for part in ("out", "tokens", "found")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, *folders], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [sorted(functions), []]
+    found = torch.load(tmp_path / "found")
+    monkeypatch.setattr(native, "fast_avx2", lambda: False)
+    model = ptq.load(tmp_path / "out")
+    assert all(m.planar is None for m in model.modules() if isinstance(m, Linear))
+    logits = model(given).logits
+    assert 0 < float((found["logits"] - logits).abs().max() / logits.abs().max()) < near
+    wanted = model.generate(given, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert torch.equal(found["tokens"], wanted)
