@@ -323,7 +323,10 @@ def test_a_token_does_not_see_the_others(paths, bits):
     y = paths.planar_linear(a, step, shift, count, weight)
     for some in (slice(0, 1), slice(5, 8), slice(60, 70)):
         alone = paths.planar_linear(a[some], step[some], shift[some], count[some], weight)
-        assert torch.equal(alone, y[some])
+        if len(alone) > 1:
+            assert torch.equal(alone, y[some])
+        # One token has a kernel of its own, which adds in another order: float32 sums of 4 tiles, each of 8 parts.
+        assert float((alone - y[some]).norm() / alone.norm()) < 32 * 2.0**-24
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,143 +1,148 @@
 // The integer linear over the planar layout for one token, in AVX2. Include it after planar_avx2_tiles.h.
 //
-// 8-bit codes are multiplied as they lie by words, row by row, and eight rows' sums are transposed once a tile. Packed codes are
-// transposed before they are taken apart, which costs less than to transpose their sums.
+// A row's codes are multiplied as they lie, and its products stay apart in eight sums until the last channel: scaled one tile after the
+// other, and added up once. What zero points, shifts and unsigned codes add to a tile is taken for sixteen rows at a time before that.
 #pragma once
 
 namespace {
 
-// Two rows' sums of 32 bits: each entry of 64 bits holds one of each.
-INLINE inline __m256i pair_up(__m256i a, __m256i b) { return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); }
+constexpr long AT_ONCE = 32;  // units whose scaled steps are kept at a time
+constexpr long TOGETHER = 4;  // rows that share a load of activations
 
-// Eight rows' sums, from two rows in each of `pair`.
-INLINE inline __m256i eight_sums(const __m256i (&pair)[4]) {
-    __m128i four[2];
-    for (int i = 0; i < 2; ++i) {
-        const __m256i low = _mm256_unpacklo_epi64(pair[2 * i], pair[2 * i + 1]), high = _mm256_unpackhi_epi64(pair[2 * i], pair[2 * i + 1]);
-        const __m256i sums = _mm256_add_epi32(low, high);
-        four[i] = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    }
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(four[0]), four[1], 1);
-}
-
-// use(i, two of eight rows) for i of 0 to 3.
-template <class Use>
-INLINE inline void row_pairs(const std::uint8_t *p, long stride, Use use) {
-    const std::uint8_t *q = p + 4 * stride;
-    asm("" : "+r"(q));  // else each row's address takes a register of its own
-    use(std::integral_constant<int, 0>{}, p, p + stride);
-    use(std::integral_constant<int, 1>{}, p + 2 * stride, p + 3 * stride);
-    use(std::integral_constant<int, 2>{}, q, q + stride);
-    use(std::integral_constant<int, 3>{}, q + 2 * stride, q + 3 * stride);
-}
-
-// One tile's activations of 16 bits, two int8 codes a number where there are two terms, the first worth 254 of the second.
-struct Words {
-    __m256i even[2], odd[2], excess;
+// A unit's activations in the order of its codes: bytes, or for 8-bit codes words, two int8 codes a number where there are two terms, the
+// first worth 254 of the second.
+template <int BITS>
+struct Unit {
+    __m256i a[BITS == 8 ? 8 : 4];
 };
 
-INLINE inline Words words_of(const PlanarActivations &x, long tile) {
-    Words all;
-    const __m256i ones = _mm256_set1_epi16(1), worth = _mm256_set1_epi16(254);
-    __m256i sum = _mm256_setzero_si256();
-    for (int k = 0; k < 2; ++k) {
-        for (long t = 0; t < x.T; ++t) {
-            const __m256i a = load_bytes(x.packed + (tile / 2 * x.T + t) * PLANAR_UNIT + tile % 2 * PLANAR_TILE + 32 * k);
-            const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), odd = _mm256_srai_epi16(a, 8);
-            all.even[k] = t ? _mm256_add_epi16(_mm256_mullo_epi16(all.even[k], worth), even) : even;
-            all.odd[k] = t ? _mm256_add_epi16(_mm256_mullo_epi16(all.odd[k], worth), odd) : odd;
-        }
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(all.even[k], ones));
-    }
-    std::int32_t each[8], total = 0;
-    store_bytes(each, sum);
-    for (int i = 0; i < 8; ++i) total += each[i];
-    all.excess = _mm256_set1_epi32(128 * total);
-    return all;
-}
-
-// Sums of 32 bits of one row's tile: a whole tile adds at most 64 * 255 * 32385 < 2^30. Codes of even channels are made unsigned.
-INLINE inline __m256i byte_sums(const std::uint8_t *p, const Words &a) {
-    const __m256i sign = _mm256_set1_epi16(0x80), mask = _mm256_set1_epi16(0xFF);
-    __m256i sum = _mm256_setzero_si256();
-    for (int k = 0; k < 2; ++k) {
-        const __m256i x = load_bytes(p + 32 * k), even = _mm256_and_si256(_mm256_xor_si256(x, sign), mask);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, a.even[k]));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srai_epi16(x, 8), a.odd[k]));
-    }
-    return sum;
-}
-
-INLINE inline vec add_tile_of_bytes(const PlanarActivations &x, const PlanarBlock &w, long row, long tile, const Words &a, vec y) {
-    const long stride = x.tiles * PLANAR_TILE;
-    __m256i pair[4];
-    const std::uint8_t *next = w.first + PLANAR_ROWS * (stride + tile * PLANAR_TILE) + row * PLANAR_TILE;
-    row_pairs(w.first + row * stride + tile * PLANAR_TILE, stride, [&](auto i, const std::uint8_t *even, const std::uint8_t *odd) INLINE {
-        fetch_lines<2>(next + 128 * i);
-        pair[i] = pair_up(byte_sums(even, a), byte_sums(odd, a));
-    });
-    const long place = tile * PLANAR_ROWS + row;
-    // The last term's step is that of its units.
-    vec sum = stepped(x, x.T - 1, tile, _mm256_sub_epi32(eight_sums(pair), a.excess));
-    for (long t = 0; t < x.T; ++t) sum = with_offsets(x, w, t, tile, place, sum);
-    return fmadd(sum, scales(w, place), y);
-}
-
-// Both tiles' dots of the unit at `place` of eight rows with one token, for packed codes. `ahead`: the place whose bytes to fetch.
 template <int BITS>
-INLINE inline void unit_dots(const PlanarBlock &w, long units, long place, long ahead, const std::int8_t *a, __m256i (&dot)[2]) {
+INLINE inline Unit<BITS> unit_of(const PlanarActivations &x, long u, long t) {
+    const std::int8_t *p = x.packed + (u * x.T + t) * PLANAR_UNIT;
+    Unit<BITS> unit;
+    if constexpr (BITS < 8) {
+        for (int k = 0; k < 4; ++k) unit.a[k] = load_bytes(p + 32 * k);
+    } else {
+        for (int k = 0; k < 8; ++k) {
+            const __m256i first = load_words(p + 16 * k);
+            unit.a[k] = x.T == 1 ? first : _mm256_add_epi16(_mm256_mullo_epi16(first, _mm256_set1_epi16(254)), load_words(p + PLANAR_UNIT + 16 * k));
+        }
+    }
+    return unit;
+}
+
+INLINE inline __m256i two_products(__m256i v, __m256i a, __m256i w, __m256i b) {
+    return _mm256_add_epi16(_mm256_maddubs_epi16(v, a), _mm256_maddubs_epi16(w, b));
+}
+
+// Both tiles' products of a row's unit in eight sums of 32 bits each. Codes below 8 bits are made unsigned.
+template <int BITS>
+INLINE inline void row_dots(const std::uint8_t *first, const std::uint8_t *second, const Unit<BITS> &x, __m256i (&dot)[2]) {
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+    __m256i v[4];  // a quarter of the channels each
+    if constexpr (BITS == 8) {
+        for (int tile = 0; tile < 2; ++tile) {
+            dot[tile] = _mm256_madd_epi16(load_words(first + 64 * tile), x.a[4 * tile]);
+            for (int k = 1; k < 4; ++k)
+                dot[tile] = _mm256_add_epi32(dot[tile], _mm256_madd_epi16(load_words(first + 64 * tile + 16 * k), x.a[4 * tile + k]));
+        }
+        return;
+    } else if constexpr (BITS == 4) {
+        for (int k = 0; k < 2; ++k) {
+            const __m256i w = _mm256_xor_si256(load_bytes(first + 32 * k), _mm256_set1_epi8(static_cast<char>(0x88)));
+            v[k] = _mm256_and_si256(w, low);
+            v[2 + k] = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+        }
+    } else if constexpr (BITS == 3) {
+        // Channels 16 to 31 of each quarter have the odd bits of the sign plane. Even quarters and odd ones become bytes of two codes.
+        const __m256i w = load_bytes(first), two = _mm256_set1_epi8(0x33), one = _mm256_set1_epi8(0x44);
+        const __m256i signs = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(second))),
+                                                _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+        const __m256i even = _mm256_or_si256(_mm256_and_si256(w, two), _mm256_andnot_si256(_mm256_slli_epi16(signs, 2), one));
+        const __m256i odd = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(w, 2), two), _mm256_andnot_si256(signs, one));
+        v[0] = _mm256_and_si256(even, low);
+        v[1] = _mm256_and_si256(odd, low);
+        v[2] = _mm256_and_si256(_mm256_srli_epi16(even, 4), low);
+        v[3] = _mm256_and_si256(_mm256_srli_epi16(odd, 4), low);
+    } else {
+        const __m256i w = _mm256_xor_si256(load_bytes(first), _mm256_set1_epi8(static_cast<char>(0xAA)));
+        for (int k = 0; k < 4; ++k) v[k] = _mm256_and_si256(_mm256_srli_epi16(w, 2 * k), _mm256_set1_epi8(3));
+    }
+    if constexpr (BITS < 8)
+        for (int tile = 0; tile < 2; ++tile)
+            dot[tile] = _mm256_madd_epi16(two_products(v[2 * tile], x.a[2 * tile], v[2 * tile + 1], x.a[2 * tile + 1]), ones);
+}
+
+// Scale times step of token t in tiles [from, to) of 16 rows -> scaled [to - from, PLANAR_ROWS]; what the tiles' other terms add -> sums.
+// Where there are two terms and codes of 8 bits, t is the last: its step is that of the words.
+template <int BITS>
+INLINE inline void scale_steps(const PlanarActivations &x, const PlanarBlock &w, long t, long from, long to, float *scaled, vec (&sums)[2]) {
+    for (long g = from; g < to; ++g, scaled += PLANAR_ROWS) {
+        const vec step = broadcast(x.step[t * x.grid_stride + g]);
+        const float excess = BITS == 8 ? 0.0f : x.step[t * x.grid_stride + g] * static_cast<float>(x.excess[t * x.tiles + g]);
+        for (int half = 0; half < 2; ++half) {
+            const long place = g * PLANAR_ROWS + 8 * half;
+            const vec scale = scales(w, place);
+            store(scaled + 8 * half, _mm256_mul_ps(scale, step));
+            vec more = broadcast(-excess);
+            for (long i = BITS == 8 ? 0 : t; i <= t; ++i) more = with_offsets(x, w, i, g, place, more);
+            sums[half] = fmadd(scale, more, sums[half]);
+        }
+    }
+}
+
+// lanes[r] += units [from, to) of row `row` + r for TOGETHER rows; `scaled` is those rows' and the first unit's.
+template <int BITS>
+INLINE inline void add_rows(const PlanarActivations &x, const PlanarBlock &w, long t, long row, long from, long to, const float *scaled,
+                            vec *lanes) {
     constexpr long A = first_bytes(BITS), B = second_bytes(BITS);
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i signs[4];
-    spread_signs<BITS>(w.second + place * B, units * B, signs);
-    if (B) fetch_lines<2>(w.second + ahead * B);
-    dot[0] = dot[1] = _mm256_setzero_si256();
-    // Sums of two chunks fit 16 bits.
-#pragma GCC unroll 2
-    for (int round = 0; round < CHUNKS<BITS>; round += 2) {
-        __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-#pragma GCC unroll 2
-        for (int q = round; q < round + 2; ++q) {
-            const std::int8_t *entry = a + 16 * q;
-            fetch_lines<2>(w.first + ahead * A + 128 * q);
-            asm("" : "+r"(entry));  // else broadcasts are kept for the other eight rows, on the stack, where storing them costs more
-            spread<BITS>(w.first + place * A, units * A, signs, q, [&](auto k, auto i, __m256i v) INLINE {
-                constexpr int which = 2 * k / FIELDS<BITS>;
-                sum[which] = add_words(sum[which], v, broadcast_four(entry + 4 * (FIELD<BITS> * k + i)));
-            });
+    const long units = x.tiles / 2, a = units * A, b = units * B;
+    const std::uint8_t *first = w.first + row * a + from * A, *second = w.second + row * b + from * B;
+    const std::uint8_t *next = w.first + (PLANAR_ROWS + row) * a + TOGETHER * from * A;
+    const std::uint8_t *next_second = w.second + (PLANAR_ROWS + row) * b + TOGETHER * from * B;
+    vec sum[TOGETHER];
+    for (int r = 0; r < TOGETHER; ++r) sum[r] = lanes[r];
+    for (long u = from; u < to; ++u, first += A, second += B, scaled += 2 * PLANAR_ROWS) {
+        const Unit<BITS> unit = unit_of<BITS>(x, u, t);
+        fetch_lines<TOGETHER * A / 64>(next);
+        fetch_lines<TOGETHER * B / 64>(next_second);
+        next += TOGETHER * A, next_second += TOGETHER * B;
+#pragma GCC unroll 4
+        for (int r = 0; r < TOGETHER; ++r) {
+            __m256i dot[2];
+            row_dots<BITS>(first + r * a, second + r * b, unit, dot);
+            for (int tile = 0; tile < 2; ++tile) sum[r] = fmadd(_mm256_cvtepi32_ps(dot[tile]), broadcast(scaled[tile * PLANAR_ROWS + r]), sum[r]);
         }
-        for (int tile = 0; tile < 2; ++tile) dot[tile] = _mm256_add_epi32(dot[tile], _mm256_madd_epi16(sum[tile], ones));
     }
+    for (int r = 0; r < TOGETHER; ++r) lanes[r] = sum[r];
 }
 
-template <int BITS>
-INLINE inline vec add_unit_of_digits(const PlanarActivations &x, const PlanarBlock &w, long row, long u, long t, vec y) {
-    const long units = x.tiles / 2, ahead = PLANAR_ROWS * (units + u) + row;
-    __m256i dot[2];
-    unit_dots<BITS>(w, units, row * units + u, ahead, x.packed + (u * x.T + t) * PLANAR_UNIT, dot);
-    for (int tile = 0; tile < 2; ++tile) y = add_tile(x, w, t, 2 * u + tile, row, dot[tile], y);
-    return y;
+// The sum of the entries of each of eight vectors.
+INLINE inline vec eight_sums(const vec *lanes) {
+    vec four[2];
+    for (int i = 0; i < 2; ++i) {
+        const vec *p = lanes + 4 * i;
+        four[i] = _mm256_hadd_ps(_mm256_hadd_ps(p[0], p[1]), _mm256_hadd_ps(p[2], p[3]));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
 }
 
 // sums += 16 rows times the only token, all its terms.
 template <int BITS>
 __attribute__((noinline)) void one_token(const PlanarActivations &x, const PlanarBlock &w, float *sums) {
+    alignas(32) float scaled[2 * AT_ONCE * PLANAR_ROWS];
     const long units = x.tiles / 2;
-    vec y[2] = {load(sums), load(sums + 8)};
-    for (long u = 0; u < units; ++u) {
-        fetch_tables(w, x.shift, u);
-        if constexpr (BITS == 8) {
-            for (long tile = 2 * u; tile < 2 * u + 2; ++tile) {
-                const Words a = words_of(x, tile);
-                for (int half = 0; half < 2; ++half) y[half] = add_tile_of_bytes(x, w, 8 * half, tile, a, y[half]);
-            }
-        } else {
-            for (long t = 0; t < x.T; ++t)
-                for (int half = 0; half < 2; ++half) y[half] = add_unit_of_digits<BITS>(x, w, 8 * half, u, t, y[half]);
+    vec y[2] = {load(sums), load(sums + 8)}, lanes[PLANAR_ROWS];
+    for (vec &lane : lanes) lane = _mm256_setzero_ps();
+    for (long t = BITS == 8 ? x.T - 1 : 0; t < x.T; ++t)
+        for (long from = 0; from < units; from += AT_ONCE) {
+            const long to = from + AT_ONCE < units ? from + AT_ONCE : units;
+            for (long u = from; u < to; ++u) fetch_tables(w, x.shift, u);
+            scale_steps<BITS>(x, w, t, 2 * from, 2 * to, scaled, y);
+            for (long row = 0; row < PLANAR_ROWS; row += TOGETHER)
+                add_rows<BITS>(x, w, BITS == 8 ? 0 : t, row, from, to, scaled + row, lanes + row);
         }
-    }
-    store(sums, y[0]);
-    store(sums + 8, y[1]);
+    for (int half = 0; half < 2; ++half) store(sums + 8 * half, _mm256_add_ps(y[half], eight_sums(lanes + 8 * half)));
 }
 
 }  // namespace

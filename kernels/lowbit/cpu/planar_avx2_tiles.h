@@ -26,6 +26,9 @@ INLINE inline void unrolled(Use use) {
 
 INLINE inline __m256i load_bytes(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 
+// 16 int8 as words.
+INLINE inline __m256i load_words(const void *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i *>(p))); }
+
 INLINE inline void store_bytes(void *p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i *>(p), v); }
 
 INLINE inline __m256i broadcast_four(const void *p) {
@@ -127,13 +130,6 @@ INLINE inline vec with_offsets(const PlanarActivations &x, const PlanarBlock &w,
 
 INLINE inline vec stepped(const PlanarActivations &x, long t, long g, __m256i dot) {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(dot), broadcast(x.step[t * x.grid_stride + g]));
-}
-
-// y plus a tile's part, for eight rows from `row` on and token t, `dot` with codes made unsigned.
-INLINE inline vec add_tile(const PlanarActivations &x, const PlanarBlock &w, long t, long g, long row, __m256i dot, vec y) {
-    const long place = g * PLANAR_ROWS + row;
-    dot = _mm256_sub_epi32(dot, _mm256_set1_epi32(x.excess[t * x.tiles + g]));
-    return fmadd(with_offsets(x, w, t, g, place, stepped(x, t, g, dot)), scales(w, place), y);
 }
 
 // low and high += a tile's part of 16 rows.
