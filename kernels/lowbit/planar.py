@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lowbit.cpu import native
 from lowbit.cpu.nibbles import nibbles
+from lowbit.large_pages import in_large_pages
 from lowbit.packing import unpack
 
 TILE, UNIT = 64, 128
@@ -88,7 +89,7 @@ class PlanarWeight:
             parts.append((self.zero / divisor).round().to(torch.int8))
         parts.append((self.total / divisor).round().to(torch.int16))
         blocks = [_blocks_of(part).view(torch.uint8).flatten(1) for part in parts]  # [blocks, bytes] each
-        return torch.cat(blocks, 1).unflatten(1, (-1, self.tiles * BLOCK))
+        return in_large_pages(torch.cat(blocks, 1)).unflatten(1, (-1, self.tiles * BLOCK))
 
     def to(self, device: torch.device) -> PlanarWeight:
         """The same on `device`; itself where it is there."""
@@ -197,6 +198,7 @@ def planar_weight(
         s, z = torch.cat([s, s[:, repeats] / 2**bits], 1), torch.cat([z, z_rest], 1)
         inside = torch.cat([inside, inside[repeats]])
     planes, sums = _laid_out(packed, rest, bits=bits, channels=channels)  # sums [R, G]
+    planes = tuple(map(in_large_pages, planes))
     more = sums.shape[1] - s.shape[1]
     s, z = F.pad(s, (0, more)), F.pad(z, (0, more))
     shifts = s * z  # [R, G]

@@ -82,8 +82,8 @@ def planar_linear(
             steps are 1/254 of the first's. Then the sum of both products is returned, [T, R].
         path: as for the sweep.
 
-    A token's result depends on neither the other tokens nor the number of threads; with two terms, tokens that are alone may differ in
-    the last place.
+    A token's result depends on neither the other tokens nor the number of threads, but for a token that is alone, whose sums are added
+    in another order.
 
     Raises:
         ValueError: tensors of other shapes or dtypes than the reference takes, or not contiguous, or a path that this machine lacks.
