@@ -51,6 +51,8 @@ def contender(args, W, block):
     tensors = [repeated(tensor) for tensor in rounded(W, block)]
     how = onnxruntime.SessionOptions()
     how.intra_op_num_threads, how.inter_op_num_threads = args.threads, 1
+    # Else its threads look for work after a call, and whether they still do decides how fast the next one is.
+    how.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model(args, tensors, block), how, providers=["CPUExecutionProvider"])
     return sum(tensor.nbytes for tensor in tensors), lambda x: lambda: session.run(None, {"x": x})[0]
 
