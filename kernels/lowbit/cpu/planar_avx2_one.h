@@ -98,21 +98,26 @@ INLINE inline void add_rows(const PlanarActivations &x, const PlanarBlock &w, lo
     constexpr long A = first_bytes(BITS), B = second_bytes(BITS);
     const long units = x.tiles / 2, a = units * A, b = units * B;
     const std::uint8_t *first = w.first + row * a + from * A, *second = w.second + row * b + from * B;
+    // What comes later is fetched in the order of memory.
     const std::uint8_t *next = w.first + (PLANAR_ROWS + row) * a + TOGETHER * from * A;
     const std::uint8_t *next_second = w.second + (PLANAR_ROWS + row) * b + TOGETHER * from * B;
+    const long sums = x.shift ? 0 : x.tiles * PLANAR_ROWS * static_cast<long>(sizeof(std::int16_t));  // not read
+    const long table = (w.next - sums) * TOGETHER / (PLANAR_ROWS * units);
+    const std::uint8_t *next_table = w.scale + w.next + (row / TOGETHER * units + from) * table;
     vec sum[TOGETHER];
     for (int r = 0; r < TOGETHER; ++r) sum[r] = lanes[r];
     for (long u = from; u < to; ++u, first += A, second += B, scaled += 2 * PLANAR_ROWS) {
         const Unit<BITS> unit = unit_of<BITS>(x, u, t);
-        fetch_lines<TOGETHER * A / 64>(next);
-        fetch_lines<TOGETHER * B / 64>(next_second);
-        next += TOGETHER * A, next_second += TOGETHER * B;
+        if (B) fetch_lines<1>(next_second);
+        fetch_lines<1>(next_table);
 #pragma GCC unroll 4
         for (int r = 0; r < TOGETHER; ++r) {
+            if (r * A % 64 == 0) fetch_lines<(A + 63) / 64>(next + r * A);
             __m256i dot[2];
             row_dots<BITS>(first + r * a, second + r * b, unit, dot);
             for (int tile = 0; tile < 2; ++tile) sum[r] = fmadd(_mm256_cvtepi32_ps(dot[tile]), broadcast(scaled[tile * PLANAR_ROWS + r]), sum[r]);
         }
+        next += TOGETHER * A, next_second += TOGETHER * B, next_table += table;
     }
     for (int r = 0; r < TOGETHER; ++r) lanes[r] = sum[r];
 }
@@ -137,7 +142,6 @@ __attribute__((noinline)) void one_token(const PlanarActivations &x, const Plana
     for (long t = BITS == 8 ? x.T - 1 : 0; t < x.T; ++t)
         for (long from = 0; from < units; from += AT_ONCE) {
             const long to = from + AT_ONCE < units ? from + AT_ONCE : units;
-            for (long u = from; u < to; ++u) fetch_tables(w, x.shift, u);
             scale_steps<BITS>(x, w, t, 2 * from, 2 * to, scaled, y);
             for (long row = 0; row < PLANAR_ROWS; row += TOGETHER)
                 add_rows<BITS>(x, w, BITS == 8 ? 0 : t, row, from, to, scaled + row, lanes + row);
