@@ -322,15 +322,47 @@ void softmax(const float *mask, long levels, long n, float *scores) {
         for (long i = 0; i < n; ++i) scores[i] = std::rint(scores[i] * top) / top;
 }
 
+// Whether tokens [from, from + n) are codes, all of them.
+bool only_codes(const DecodeHeads &h, long from, long n) {
+    const DecodeCache &cache = h.block->cache;
+    bool some = false;
+    for (long i = 0; i < cache.spared; ++i) {
+        const long at = cache.spared_at[i] - from;
+        some |= at >= 0 && at < n && cache.spared_rows[h.b * cache.spared + i];
+    }
+    return cache.bits != 16 && !some;
+}
+
+}  // namespace
+
+#include "decode_codes.h"
+
+namespace {
+
 void score(const DecodeHeads &h, long from, long to) {
     const DecodeStep &step = *h.step;
     const long D = step.width, S = step.held + 1, repeats = step.heads / step.kv_heads;
     if (to == S) append_token(h);
     scale_queries(h);
+    if (step.half % 8 == 0 && only_codes(h, from, to - from)) return score_codes(h, from, to - from);
     for (; from < to; from += DECODE_RUN) {
         const long n = to - from < DECODE_RUN ? to - from : DECODE_RUN;
         const Rows keys = keys_of(h, from, n);
         for (long r = 0; r < repeats; ++r) all_dots(h.query + r * D, keys.start, n, D, h.scores + r * S + from);
+    }
+}
+
+// Adds what tokens [from, from + n), n <= DECODE_RUN, contribute to `width` channels of what is attended to.
+void mix_run(const DecodeHeads &h, long from, long n, long channel, long width) {
+    const DecodeStep &step = *h.step;
+    const long D = step.width, S = step.held + 1, repeats = step.heads / step.kv_heads;
+    const Rows values = values_of(h, from, n, channel, width);
+    for (long r = 0; r < repeats; ++r) {
+        const float *p = h.scores + r * S + from;
+        float *y = h.y + r * D + channel;
+        long i = 0;
+        for (; i + 4 * WIDTH <= width; i += 4 * WIDTH) add_rows<4>(p, values.start + i, values.stride, n, y + i);
+        for (; i < width; i += WIDTH) add_rows<1>(p, values.start + i, values.stride, n, y + i);
     }
 }
 
@@ -342,16 +374,15 @@ void mix(const DecodeHeads &h, long channel, long width) {
         softmax(mask, h.block->softmax_levels, S, h.scores + r * S);
         std::memset(h.y + r * D + channel, 0, width * sizeof(float));
     }
-    for (long from = 0; from < S; from += DECODE_RUN) {
-        const long n = S - from < DECODE_RUN ? S - from : DECODE_RUN;
-        const Rows values = values_of(h, from, n, channel, width);
-        for (long r = 0; r < repeats; ++r) {
-            const float *p = h.scores + r * S + from;
-            float *y = h.y + r * D + channel;
-            long i = 0;
-            for (; i + 4 * WIDTH <= width; i += 4 * WIDTH) add_rows<4>(p, values.start + i, values.stride, n, y + i);
-            for (; i < width; i += WIDTH) add_rows<1>(p, values.start + i, values.stride, n, y + i);
-        }
+    for (long from = 0, to; from < S; from = to) {
+        to = from;
+        while (to < S && only_codes(h, to, DECODE_RUN)) to += DECODE_RUN;
+        to = to < S ? to : S;
+        if (to > from) mix_codes(h, from, to - from, channel, width);
+        if (to == S) break;
+        const long n = S - to < DECODE_RUN ? S - to : DECODE_RUN;
+        mix_run(h, to, n, channel, width);
+        to += n;
     }
 }
 
