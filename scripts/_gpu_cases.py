@@ -453,10 +453,10 @@ def every_case() -> list[Case]:
 
 
 def whole_models(*presets: str) -> list[Case]:
-    """Logits of tiny packed models."""
+    """Logits of tiny packed models, of a prompt and of decoding steps."""
     from _gpu_model import model
 
-    return [Case(f"model, {preset}", "2 x 6 tokens, two blocks", partial(model, preset)) for preset in presets]
+    return [Case(f"model, {preset}", "2 x 4 tokens and 2 steps, two blocks", partial(model, preset)) for preset in presets]
 
 
 def tiny_cases() -> list[Case]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check every Triton kernel of lowbit against float64 on this machine's GPU, and time it beside what else computes the same.
 
-Tiny packed models whose linears run on the kernels are checked too, against the reference operations on the CPU.
+Tiny packed models whose linears, norms and decoding steps run on the kernels are checked too, against the reference operations on the CPU.
 
 usage: python scripts/gpu_check.py --out results [--only "linear W4"]
        python scripts/gpu_check.py --out /tmp/check --interpret

@@ -8,7 +8,9 @@ attribute, or at 16, the function computes what transformers' eager attention co
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
+
+from lowbit.held import attended
 
 NAME = "lowbit"
 UNQUANTIZED_BITS = 16
@@ -66,13 +68,19 @@ def lowbit_attention(
         kwargs: what other implementations take; sliding windows are in the mask.
 
     Returns:
-        output [B, T, H, D] and probabilities [B, H, T, S], in the dtype of `query`.
+        output [B, T, H, D] and probabilities [B, H, T, S], in the dtype of `query`; None for those where a kernel attends to packed
+        codes (`lowbit.held`), which it does unless `output_attentions` is asked.
 
     Raises:
         ValueError: softmax_bits out of range, or attention sinks (`s_aux`), which change the softmax.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError("attention sinks (s_aux) are not supported by 'lowbit'; use attn_implementation='eager'")
+    softmax_bits = getattr(module, "softmax_bits", UNQUANTIZED_BITS)
+    if not (dropout and module.training) and not kwargs.get("output_attentions"):
+        y = attended(query, key, value, attention_mask, scaling=scaling, softcap=softcap, softmax_bits=softmax_bits)
+        if y is not None:
+            return y.transpose(1, 2), None  # [B, H, 1, D] -> [B, 1, H, D]
     repeats = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(repeats, dim=1)  # [B, KV heads, S, D] -> [B, H, S, D]
     value = value.repeat_interleave(repeats, dim=1)  # [B, KV heads, S, D] -> [B, H, S, D]
@@ -82,15 +90,19 @@ def lowbit_attention(
     causal = kwargs.get("is_causal")
     scores = _masked(scores, attention_mask, causal=getattr(module, "is_causal", True) if causal is None else causal)
     probabilities = scores.softmax(dim=-1, dtype=torch.float32)
-    bits = getattr(module, "softmax_bits", UNQUANTIZED_BITS)
-    if bits != UNQUANTIZED_BITS:
-        probabilities = quantize_probabilities(probabilities, bits)
+    if softmax_bits != UNQUANTIZED_BITS:
+        probabilities = quantize_probabilities(probabilities, softmax_bits)
     probabilities = nn.functional.dropout(probabilities.to(query.dtype), p=dropout, training=module.training)
     output = (probabilities @ value).transpose(1, 2).contiguous()  # [B, H, T, D] -> [B, T, H, D]
     return output, probabilities
 
 
+def _written_mask(*args, **kwargs) -> Tensor | None:
+    """transformers' bool mask [B, 1, T, S], true where a query may look, written down also where it is plainly causal."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 AttentionInterface.register(NAME, lowbit_attention)
 # Without a mask function of its own name transformers would build no mask at all, and sliding windows and padding
 # would be lost.
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionMaskInterface.register(NAME, _written_mask)

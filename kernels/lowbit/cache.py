@@ -6,7 +6,10 @@ The attention module hands the cache rotated keys: the cache turns them back wit
 tokens, packs the codes, and rotates what it decodes. Cosines and sines are held once for all layers that share them.
 """
 
+from __future__ import annotations
+
 import weakref
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +64,13 @@ class KVGrid:
         smallest = min(float(self.key_scale.min()), float(self.value_scale.min()))
         if not smallest > 0:
             raise ValueError(f"smallest KV scale is {smallest}; every scale must be above 0")
+
+    def to(self, device: torch.device) -> KVGrid:
+        """The same on another device, contiguous; nothing is checked again, so that no number is waited for."""
+        moved = copy(self)
+        for name in ("key_scale", "key_zero", "value_scale", "value_zero"):
+            object.__setattr__(moved, name, getattr(self, name).to(device).contiguous())
+        return moved
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
@@ -129,13 +139,23 @@ class PackedCacheLayer(DynamicLayer):
                 f"keys have {heads} heads of {width} channels, the grid {tuple(self.grid.key_scale.shape)}; "
                 "pass the grid of this layer"
             )
-        grid = self.grid
+        self._begin(batch, key_states.shape[2])
+        self.is_initialized = True
+
+    def _begin(self, batch: int, tokens: int) -> None:
+        """Memory for no tokens yet; `tokens` come next."""
+        grid, (heads, width) = self.grid, self.grid.key_scale.shape
         # [H, D] -> [H, 1, D]
         self._key_grid = tuple(t.to(self.device).unsqueeze(1) for t in (grid.key_scale, grid.key_zero))
         self._value_grid = tuple(t.to(self.device).unsqueeze(1) for t in (grid.value_scale, grid.value_zero))
         shape = (batch, heads, 0, packed_length(width, grid.bits))
         self.keys, self.values = (torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in range(2))
-        self.is_initialized = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held: codes, and sinks in full precision."""
+        codes = 0 if self.keys is None else self.keys.numel() + self.values.numel()
+        return codes + (0 if self.spared is None else self.spared.bytes)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Pack and append new tokens; return everything held, decoded.
@@ -160,13 +180,29 @@ class PackedCacheLayer(DynamicLayer):
             self.spared = sinks if self.spared is None else self.spared.append(sinks)
         if self.grid.rotary is not None:
             self._check_rotation(held, new)
-            key_states = self._turn_back(key_states.float(), held)
-        self.keys = torch.cat([self.keys, self._encode(key_states, self._key_grid)], dim=-2)
-        self.values = torch.cat([self.values, self._encode(value_states, self._value_grid)], dim=-2)
-        keys, values = self._decode(self.keys, self._key_grid), self._decode(self.values, self._value_grid)
+        self._append(key_states, value_states, held)
+        return self._seen(key_states)
+
+    def _append(self, keys: Tensor, values: Tensor, held: int) -> None:
+        """Pack keys, rotated, and values [B, H, T, D] behind the tokens held."""
+        if self.grid.rotary is not None:
+            keys = self._turn_back(keys.float(), held)
+        self.keys = torch.cat([self.keys, self._encode(keys, self._key_grid)], dim=-2)
+        self.values = torch.cat([self.values, self._encode(values, self._value_grid)], dim=-2)
+
+    def _seen(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """What `update` returns when it has appended keys `new`."""
+        return self.decoded()
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values [B, H, all tokens, D], sinks among them."""
+        keys, values = self._codes_decoded()
         if self.grid.rotary is not None:
             keys = rotate(keys, self.rotation.cos, self.rotation.sin, self.grid.rotary)
         return (keys, values) if self.spared is None else self.spared.restore(keys, values)
+
+    def _codes_decoded(self) -> tuple[Tensor, Tensor]:
+        return self._decode(self.keys, self._key_grid), self._decode(self.values, self._value_grid)
 
     def reset(self) -> None:
         """Forget every token and the rotation they shared."""
@@ -176,27 +212,32 @@ class PackedCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; the count is negative, as transformers asks."""
         super().crop(tokens_to_remove)
+        self._crop_spared()
+
+    def _crop_spared(self) -> None:
         if self.spared is not None:
             self.spared = self.spared.first(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx` [B] of the batch."""
-        super().reorder_cache(beam_idx)
-        self._transform_spared(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._transform_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._transform_spared(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._transform_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` of the batch."""
-        super().batch_select_indices(indices)
-        self._transform_spared(lambda t: t[indices])
+        self._transform_rows(lambda t: t[indices])
 
-    def _transform_spared(self, change) -> None:
+    def _transform_rows(self, change) -> None:
+        if self.get_seq_length() > 0:
+            self._transform_codes(change)
         if self.spared is not None:
             self.spared = self.spared.of_rows(change)
+
+    def _transform_codes(self, change) -> None:
+        self.keys, self.values = change(self.keys), change(self.values)
 
     def _check_rotation(self, held: int, new: int) -> None:
         known = 0 if self.rotation is None else len(self.rotation)
@@ -233,6 +274,15 @@ class PackedCache(Cache):
         super().__init__(layers=[DynamicLayer() if grid is None else PackedCacheLayer(grid) for grid in grids])
         self.rotations: list[Rotation] = []
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens to a layer, which is laid out for the kernels of their device if it is empty; see its `update`."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PackedCacheLayer) and not layer.is_initialized:
+            self.layers[layer_idx] = _laid_out(layer, key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def announce(self, layer_idx: int, source: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Say how the tokens that layer `layer_idx` is about to append are rotated.
 
@@ -264,9 +314,11 @@ class PackedCache(Cache):
     @property
     def packed_bytes(self) -> int:
         """Bytes held: codes, full-precision layers, sinks, and the shared cosines and sines; grids belong to the model."""
-        pairs = [(layer.keys, layer.values) for layer in self.layers] + [(r.cos, r.sin) for r in self.rotations]
-        spared = sum(layer.spared.bytes for layer in self.layers if getattr(layer, "spared", None) is not None)
-        return spared + sum(t.numel() * t.element_size() for pair in pairs for t in pair if t is not None)
+        packed = [layer for layer in self.layers if isinstance(layer, PackedCacheLayer)]
+        full = [t for layer in self.layers if layer not in packed for t in (layer.keys, layer.values)]
+        tables = [t for rotation in self.rotations for t in (rotation.cos, rotation.sin)]
+        others = sum(t.numel() * t.element_size() for t in (*full, *tables) if t is not None)
+        return others + sum(layer.bytes for layer in packed)
 
     def reset(self) -> None:
         """Forget every token."""
@@ -301,6 +353,18 @@ class PackedCache(Cache):
     def _transform_rows(self, change) -> None:
         # A table of one row serves any batch, and its row is the same for all, so it stays.
         self._transform_rotations(lambda table: table if table.shape[0] == 1 else change(table))
+
+
+def _laid_out(layer: PackedCacheLayer, keys: Tensor) -> PackedCacheLayer:
+    """An empty layer like `layer`, or itself, of the kind that keys like these [B, H, T, D] are best held in."""
+    from lowbit.planar_cache import kind_for  # which is made of what is here
+
+    kind = kind_for(layer.grid, keys)
+    if type(layer) is kind:
+        return layer
+    new = kind(layer.grid)
+    new.rotation = layer.rotation
+    return new
 
 
 def attach_packed_cache(model: nn.Module, blocks: list[nn.Module], grids: list[KVGrid | None]) -> list[RemovableHandle]:

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.coded import Coded
 from lowbit.cpu import native
 from lowbit.planar import EXACT, TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
-from lowbit.planar_reference import repeat_tiles
+from lowbit.planar_reference import Quantized, repeat_tiles
 
 # Beyond, two codes a number cost more than to unpack the weight once and multiply in floating point.
 FEW_TOKENS = 16
@@ -33,11 +34,15 @@ class Kernels:
 
     module: has `quantize_static`, `quantize_tiles`, `quantize_token`, `quantize_exactly` and `planar_linear` as `lowbit.cpu.planar` has
     them; imported when they are first wanted. dtypes: of activations. run_on: whether they run on a device of this kind, and are worth it.
+    norms: whether its `quantize_static` and `quantize_tiles` take a norm into their pass. cache: a module with `kv_append` and
+    `attention_decode` as `lowbit.triton.kv` has them, None for none.
     """
 
     module: str
     dtypes: tuple[torch.dtype, ...]
     run_on: Callable[[torch.device], bool]
+    norms: bool = False
+    cache: str | None = None
 
 
 @cache
@@ -56,7 +61,9 @@ def _triton_runs_on(device: torch.device) -> bool:
 HALVES = torch.float16, torch.bfloat16
 KERNELS = {
     "cpu": Kernels("lowbit.cpu.planar", (torch.float32,), lambda device: native.fast_avx2()),
-    "cuda": Kernels("lowbit.triton.linear", (torch.float32, *HALVES), _triton_runs_on),
+    "cuda": Kernels(
+        "lowbit.triton.linear", (torch.float32, *HALVES), _triton_runs_on, norms=True, cache="lowbit.triton.kv"
+    ),
 }
 
 
@@ -167,17 +174,52 @@ def _kernels(device: torch.device):
 
 
 def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
-    kernels = _kernels(x.device)
-    x, again = x.contiguous(), {"repeats": weight.repeats}
+    codes = _codes(x, quantizer, repeats=weight.repeats)
+    return _kernels(x.device).planar_linear(*codes, weight, bias)
+
+
+def _codes(x: Tensor, quantizer, **more) -> Quantized:
+    """x [T, C] by `quantizer`. more: further arguments of the kernel."""
+    kernels, x = _kernels(x.device), x.contiguous()
     if quantizer.mode == "static":
-        codes = kernels.quantize_static(
-            x, quantizer.scale, quantizer.zero, quantizer.bits, quantizer.sizes.long(), **again
-        )
-    elif quantizer.mode == "tile":
-        codes = kernels.quantize_tiles(x, quantizer.bits, quantizer.sizes.long(), **again)
+        grids = quantizer.scale, quantizer.zero, quantizer.bits
+        return kernels.quantize_static(x, *grids, quantizer.sizes.long(), **more)
+    if quantizer.mode == "tile":
+        return kernels.quantize_tiles(x, quantizer.bits, quantizer.sizes.long(), **more)
+    return kernels.quantize_token(x, quantizer.token_bits, **more)
+
+
+def coded(norm, x: Tensor) -> Coded | None:
+    """The output of a `lowbit.Norm` that was handed over, of x [..., C], as codes for all linears behind it.
+
+    None where kernels do not make them: on a CPU, under torch.compile, where a gradient is asked and where tokens are spared.
+    """
+    known = KERNELS.get(x.device.type)
+    if known is None or not known.norms or torch.compiler.is_compiling() or not _have_kernels(x.device, x.dtype):
+        return None
+    if (torch.is_grad_enabled() and x.requires_grad) or norm.quantizer.spared(x) is not None:
+        return None
+    flat = x.reshape(-1, x.shape[-1])  # [..., C] -> [T, C]
+    if _in_one_pass(norm):
+        named = ("kind", "eps", "weight", "bias", "permutation", "rotation")
+        codes = _codes(flat, norm.quantizer, norm={name: getattr(norm, name) for name in named})
     else:
-        codes = kernels.quantize_token(x, quantizer.token_bits, **again)
-    return kernels.planar_linear(*codes, weight, bias)
+        codes = _codes(norm.normalized(flat), norm.quantizer)
+    return Coded.of(codes, norm.quantizer, lambda: norm.normalized(x), x)
+
+
+def _in_one_pass(norm) -> bool:
+    """Whether the kernel of static grids and of those of tiles makes the norm too, which turns whole tiles or nothing."""
+    grids, tiles = norm.quantizer, -(-norm.channels // TILE)
+    whole = grids.mode == "static" or (grids.mode == "tile" and grids.bits.numel() == tiles)
+    return whole and (norm.rotation == 1 or (norm.rotation == TILE and norm.channels % TILE == 0))
+
+
+def product_of_codes(x: Coded, weight: PlanarWeight, bias: Tensor | None) -> Tensor:
+    """What `product` is of the numbers that x [..., C] has codes of: [..., R] in its dtype."""
+    codes = repeat_tiles(x.codes, x.shape[-1], weight.repeats)
+    y = _kernels(x.device).planar_linear(*codes, weight, None if bias is None else bias.float())
+    return y.to(x.dtype).view(*x.shape[:-1], weight.rows)  # [T, R] -> [..., R]
 
 
 def unrounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None) -> Tensor:

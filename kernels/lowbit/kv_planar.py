@@ -16,7 +16,7 @@ The functions that compute here are the reference of `lowbit.triton.kv`; they ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +89,17 @@ class PlanarKV:
         """
         heads, channels = grid.key_scale.shape
         stored_order(channels, grid.rotary, grid.rotary_dim)
-        names = ("key_scale", "key_zero", "value_scale", "value_zero")
-        grid = replace(grid, **{name: getattr(grid, name).to(device).contiguous() for name in names})
         shapes = [(batch, heads, capacity, channels * width // 8) for width in WIDTHS[grid.bits]]
         keys, values = (
             tuple(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes) for _ in range(2)
         )
-        return cls(grid, keys, values)
+        return cls(grid.to(device), keys, values)
+
+    @classmethod
+    def of_batches(cls, parts: list[PlanarKV]) -> PlanarKV:
+        """Those of several batches, of one grid, length and capacity, as one."""
+        keys, values = (tuple(map(torch.cat, zip(*(getattr(p, name) for p in parts)))) for name in ("keys", "values"))
+        return cls(parts[0].grid, keys, values, parts[0].length)
 
     @property
     def capacity(self) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lowbit.cache import PackedCache, PackedCacheLayer, Rotation
+from lowbit.kv_planar import PlanarKV
+from lowbit.planar_cache import PlanarCacheLayer
 from lowbit.sinks import of_sequences
 from lowbit.spared import Spared
 
@@ -36,7 +38,7 @@ def in_micro_batches(run: Callable, args: tuple, kwargs: dict[str, Any], *, laye
             outs.append(run(*some, **more))
         parts.append(part)
     if cache is not None:
-        _fill(cache.layers[layer], [part.layers[layer] for part in parts])
+        cache.layers[layer] = _joined_layer(cache.layers[layer], [part.layers[layer] for part in parts])
     return _joined(outs)
 
 
@@ -63,7 +65,7 @@ def _fillable(cache: Cache, layer: int) -> bool:
     known = type(cache) in (DynamicCache, PackedCache) and layer < len(cache.layers)
     return (
         known
-        and type(cache.layers[layer]) in (DynamicLayer, PackedCacheLayer)
+        and type(cache.layers[layer]) in (DynamicLayer, PackedCacheLayer, PlanarCacheLayer)
         and not cache.layers[layer].is_initialized
     )
 
@@ -81,14 +83,18 @@ def _part(cache: Cache, layer: int, rows: slice) -> Cache:
     return part
 
 
-def _fill(layer: DynamicLayer, parts: list[DynamicLayer]) -> None:
-    """Let an empty layer hold what its parts hold, one batch after another."""
-    for name, value in vars(parts[0]).items():
-        if name != "rotation":  # the layer's own is that of all sequences
-            setattr(layer, name, value)
-    layer.keys, layer.values = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values"))
+def _joined_layer(empty: DynamicLayer, parts: list[DynamicLayer]) -> DynamicLayer:
+    """A layer that holds what its parts hold, one batch after another, in the place of an empty one."""
+    layer = parts[0]
+    if isinstance(layer, PlanarCacheLayer):
+        layer.kv = PlanarKV.of_batches([part.kv for part in parts])
+    else:
+        layer.keys, layer.values = (torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "values"))
+    if isinstance(layer, PackedCacheLayer):
+        layer.rotation = empty.rotation  # that of all sequences
     if getattr(layer, "spared", None) is not None:
         layer.spared = Spared.of_batches([part.spared for part in parts])
+    return layer
 
 
 def _joined(outs: list[Any]) -> Any:

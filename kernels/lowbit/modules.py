@@ -13,6 +13,7 @@ from torch import nn
 
 from lowbit import integer
 from lowbit.backend import operation
+from lowbit.coded import Coded
 from lowbit.group4 import Group4, decompress
 from lowbit.group4 import compress as group4_compress
 from lowbit.packing import pack, packed_length
@@ -376,6 +377,11 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
+        if isinstance(x, Coded):
+            if self._multiplies_codes(x):
+                y = integer.product_of_codes(x, self.planar, self.bias)
+                return y if self.output_quantizer is None else self.output_quantizer(y)
+            x = x.made()
         quantizer = self._quantizer()
         if self.planar is not None and integer.runs(x, self.planar, quantizer):
             y = integer.product(self._turned(x), self.planar, self.bias, quantizer)
@@ -407,6 +413,11 @@ class Linear(nn.Module):
     def _quantizer(self) -> ActivationQuantizer | None:
         """What rounds the input here: its own, or one taken over from the norm that makes it."""
         return self.taken_over[0] if self.taken_over else self.input_quantizer
+
+    def _multiplies_codes(self, x: Coded) -> bool:
+        """Whether the codes are of what this weight multiplies, and the kernels have both."""
+        mine = bool(self.taken_over) and self.taken_over[0] is x.quantizer and self.rotation == 1
+        return mine and self.planar is not None and self.planar.scale.device == x.device
 
     def _skips_zeros_of(self, x: torch.Tensor) -> bool:
         plain = self.bits == 16 and self.sparse is None  # else the whole weight would have to be decoded first
@@ -492,10 +503,17 @@ class Norm(nn.Module):
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., C] -> [..., C], same dtype."""
-        run = operation("norm", x.device.type)
-        y = run(x, self.weight, self.bias, self.permutation, kind=self.kind, eps=self.eps, rotation=self.rotation)
+        """x [..., C] -> [..., C], same dtype; with its codes for the linears behind, where they can be made once (`lowbit.coded`)."""
+        codes = integer.coded(self, x) if self.handed_over else None
+        if codes is not None:
+            return codes
+        y = self.normalized(x)
         return y if self.quantizer is None or self.handed_over else self.quantizer(y)
+
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., C] normalized, permuted and rotated, before it is rounded."""
+        run = operation("norm", x.device.type)
+        return run(x, self.weight, self.bias, self.permutation, kind=self.kind, eps=self.eps, rotation=self.rotation)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, permuted={self.permutation is not None}"

@@ -1,4 +1,4 @@
-"""A packed model whose linears all run on the Triton kernels, which the interpreter runs on CPU tensors, computes what it does without."""
+"""A packed model on the Triton kernels, norms, linears and decoding steps, which the interpreter runs, computes what it does without."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
 OPT = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 192, "num_attention_heads": 2}
-# what is measured -> family, its sizes, options of the run, functions of `lowbit.triton.linear` that the model calls, how close
+# what is measured -> family, its sizes, options of the run, functions that the model calls, norms in the pass of a quantizer, how close
 MODELS = {
     # Without a grid, those of sinks, numbers are 2^-15 of a tile's largest off, and a code on the edge falls to its other side.
     "each token's grids": (
         "llama",
         LLAMA,
         {"method": "rptq+", "preset": "W4A4KV4", "clusters": {"wide": 0.16}, "weights": {"fine": 0.1, "head": 8}},
-        {"quantize_tiles", "quantize_exactly", "planar_linear"},
+        {"quantize_tiles", "quantize_exactly", "planar_linear", "kv_append", "attention_decode"},
+        ["rmsnorm"],
         1e-3,
     ),
     "static grids": (
         "opt",
         OPT,
         {"preset": "W4A8", "clusters": {"R1": 2, "R3": 1, "R4": 2, "R5": 2, "tile": 64}, "weights": {"groups": 64}},
-        {"quantize_static", "planar_linear"},
+        {"quantize_static", "planar_linear", "kv_append", "attention_decode"},
+        ["layernorm"],
         1e-5,
     ),
 }
@@ -45,12 +47,16 @@ from dataclasses import replace
 from lowbit import integer
 from lowbit.cpu import native
 from lowbit.modules import Linear
-from lowbit.triton import linear as kernels
+from lowbit.triton import kv, linear as kernels, quantize
 def counted(name, run):
     return lambda *given, **more: called.add(name) or run(*given, **more)
-called = set()
+called, norms = set(), []
 for name in ("quantize_static", "quantize_tiles", "quantize_token", "quantize_exactly", "planar_linear"):
     setattr(kernels, name, counted(name, getattr(kernels, name)))
+for name in ("kv_append", "attention_decode"):
+    setattr(kv, name, counted(name, getattr(kv, name)))
+of_norms = quantize.norm_quantize
+quantize.norm_quantize = lambda *given, **more: norms.append(more.get("kind")) or of_norms(*given, **more)
 native.fast_avx2 = lambda: False  # no native block takes the linears' place
 integer.KERNELS["cpu"] = replace(integer.KERNELS["cuda"], run_on=lambda device: True)
 import ptq
@@ -60,14 +66,14 @@ with torch.no_grad():
     found = {"logits": model(tokens).logits}
     found["tokens"] = model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0)
 torch.save(found, sys.argv[3])
-print(json.dumps([sorted(called), waiting]))
+print(json.dumps([sorted(called), sorted({kind for kind in norms if kind}), waiting]))
 """
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_and_tokens_are_those_of_the_reference(name, tokenizer, recipe_for, run, tokens, tmp_path, monkeypatch):
-    family, sizes, options, functions, near = MODELS[name]
+    family, sizes, options, functions, norms, near = MODELS[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, vocab_size=300, num_hidden_layers=2, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
@@ -82,7 +88,7 @@ def test_logits_and_tokens_are_those_of_the_reference(name, tokenizer, recipe_fo
         [sys.executable, "-W", "ignore", "-c", CHILD, *folders], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [sorted(functions), []]
+    assert json.loads(done.stdout.splitlines()[-1]) == [sorted(functions), norms, []]
     found = torch.load(tmp_path / "found")
     monkeypatch.setattr(native, "fast_avx2", lambda: False)
     model = ptq.load(tmp_path / "out")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowbit import ActivationQuantizer, Linear, Norm, integer, planar_reference
+from lowbit.coded import Coded
 from lowbit.planar import EXACT, all_tiles
 from lowbit.sinks import announce
 
@@ -198,6 +199,137 @@ def test_numbers_without_a_grid_are_two_codes_each(T, codes):
     expected, steps = integer.exact_codes(inputs(T, channels=1100), EXACT)
     assert torch.equal(a, expected.flatten(0, 1)) and torch.equal(step, steps.flatten(0, 1)) and shift is None
     assert torch.equal(count, step * a.unflatten(1, (-1, 64)).sum(2))
+
+
+def norm(kind, quantized, *, bias=False, permuted=False, rotation=1, channels=C):
+    new = Norm(channels, kind=kind, eps=1e-5, bias=bias, permuted=permuted, rotation=rotation, quantizer=quantized)
+    new.weight = torch.linspace(0.5, 1.5, channels)
+    if bias:
+        new.bias = torch.linspace(-0.3, 0.3, channels)
+    if permuted:
+        new.permutation = torch.randperm(channels, generator=seeded(5)).to(torch.int32)
+    return new
+
+
+def behind(before, *bits, fine=None):
+    """`before` and linears that share its output."""
+    return before, [linear(bits=b, fine=fine if i else None) for i, b in enumerate(bits)]
+
+
+# name -> a norm and the linears behind it, its input, the tokens that are sinks, and whether the norm is in the quantizer's pass
+NORMED = {
+    "static": (behind(norm("layernorm", quantizer("static"), bias=True), 4, 4, 3), inputs(2, 3), None, True),
+    "static, permuted, fine": (
+        behind(norm("rmsnorm", quantizer("static"), permuted=True), 2, 2, fine=FINE), inputs(5), None, True,
+    ),
+    "a cluster a tile, permuted": (
+        behind(norm("rmsnorm_plus_one", quantizer("tile", **WIDE), permuted=True), 4, 8), inputs(1, 1), None, True,
+    ),
+    "a cluster a tile, half": (
+        behind(norm("rmsnorm", quantizer("tile", **WIDE)), 4, 4), inputs(3).half(), None, True,
+    ),
+    "clusters": (behind(norm("rmsnorm", quantizer("tile"), permuted=True), 4, 4, 4), inputs(2, 3), None, False),
+    "token": (behind(norm("layernorm", quantizer("token")), 8, 4), inputs(4), None, False),
+    "turned by 32": (behind(norm("rmsnorm", quantizer("static"), rotation=32), 4, 4), inputs(3), None, False),
+    "no token": (behind(norm("rmsnorm", quantizer("static")), 4, 4), inputs(2, 0), None, True),
+    "no token is a sink": (behind(norm("rmsnorm", quantizer("static", sinks=1)), 4, 4), inputs(2, 2), [], True),
+    "sinks": (behind(norm("rmsnorm", quantizer("static", sinks=1)), 4, 4), inputs(2, 2), [1], None),
+}  # fmt: skip
+SHARED = """
+import sys, torch
+from dataclasses import replace
+from lowbit import integer
+from lowbit.sinks import announce
+from lowbit.triton import linear, quantize
+integer.KERNELS["cpu"] = replace(integer.KERNELS["cuda"], run_on=lambda device: True)
+def counted(module, name):
+    run = getattr(module, name)
+    setattr(module, name, lambda *given, **more: calls.append((name, more.get("kind"))) or run(*given, **more))
+counted(quantize, "norm_quantize"), counted(quantize, "quantize_clusters")
+found = {}
+with torch.no_grad():
+    for name, ((norm, linears), x, rows) in torch.load(sys.argv[1], weights_only=False).items():
+        assert integer.take(linears, norm, dtype=x.dtype), name
+        calls = []
+        announce(rows)
+        y = norm(x)
+        found[name] = [linear(y) for linear in linears], calls, y + 0
+torch.save(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    given = {n: (m, x, None if s is None else sinks_among(x, s)) for n, (m, x, s, _) in NORMED.items()}
+    return interpret(SHARED, given, tmp_path_factory.mktemp("shared"))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", NORMED)
+@torch.no_grad()
+def test_linears_behind_a_norm_share_its_codes(name, shared):
+    (before, linears), x, spared, fused = NORMED[name]
+    results, calls, plain = shared[name]
+    announce(None if spared is None else sinks_among(x, spared))
+    between = before(x.float())
+    expected = [module(between) for module in linears]
+    announce(None)
+    if fused is None:  # rows that are sinks run apart, in each linear
+        assert len(calls) == len(linears)
+    else:
+        assert [kind for _, kind in calls] == [before.kind if fused else None]
+    unrounded = before.normalized(x)
+    assert torch.equal(plain, unrounded) and plain.dtype == x.dtype
+    for y, wanted in zip(results, expected, strict=True):
+        assert y.shape == wanted.shape and y.dtype == x.dtype
+        if y.numel():
+            # float32 sums whose terms are many times their results, some with zero points of 97. In half precision the norm's output is
+            # rounded to 2^-11, so that numbers at the edge between two codes fall to the other side.
+            near = 2e-2 if x.dtype == torch.float16 else 2.0**-14 if spared else 5e-5
+            assert float((y.float() - wanted).abs().max() / wanted.abs().max()) < near
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [name for name, (*_, spared, _) in NORMED.items() if spared is None])
+@torch.no_grad()
+def test_a_norm_launches_one_quantizer_for_all_linears_behind_it(name, launches):
+    (before, linears), x, _, fused = NORMED[name]
+    device = torch.device("meta")
+    layouts = [integer.laid_out(module).to(device) for module in linears]
+    before, linears = copy.deepcopy((before, linears))
+    for module, planar in zip(linears, layouts):
+        module.to(device).planar, module.taken_over = planar, (before.to(device).quantizer,)
+    before.handed_over = True
+    y = before(x.to(device))
+    assert type(y) is Coded and y.shape == x.shape and y.dtype == x.dtype
+    assert all(module(y).shape == (*x.shape[:-1], R) for module in linears)
+    first = "quantize_kernel" if before.quantizer.mode == "static" or fused else "clusters_kernel"
+    wanted = [first] + ["linear_kernel", "sum_kernel"] * len(linears)
+    assert launches == ([(kernel, {"meta"}) for kernel in wanted] if x.numel() else [])
+
+
+@needs_triton
+@torch.no_grad()
+def test_a_linear_takes_no_codes_of_another_s_quantizer(launches):
+    before, (first, second) = behind(norm("rmsnorm", quantizer("static")), 4, 4)
+    device, planar = torch.device("meta"), integer.laid_out(first)
+    before.handed_over = True
+    first.to(device).planar, first.taken_over = planar.to(device), (before.to(device).quantizer,)
+    y = before(inputs(3).to(device))
+    launches.clear()
+    first.taken_over = (copy.deepcopy(before.quantizer),)
+    assert first(y).is_meta and [kernel for kernel, _ in launches] == ["quantize_kernel", "linear_kernel", "sum_kernel"]
+    launches.clear()
+    first.planar = None
+    assert first(y).is_meta and second.to(device)(y).is_meta and launches == []
+
+
+def test_codes_are_not_made_where_a_gradient_is_asked(monkeypatch):
+    monkeypatch.setitem(integer.KERNELS, "cpu", replace(integer.KERNELS["cuda"], run_on=lambda device: True))
+    before = norm("rmsnorm", quantizer("static"))
+    before.handed_over = True
+    y = before(inputs(3).requires_grad_())
+    assert type(y) is torch.Tensor and y.requires_grad
 
 
 class OnGPU:

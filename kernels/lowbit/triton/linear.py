@@ -6,6 +6,8 @@ bits `lowbit.integer.take` has seen when the linear was laid out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,15 +19,23 @@ from lowbit.triton import quantize
 
 
 def quantize_static(
-    x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor, sizes: Tensor, *, repeats: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: Tensor,
+    sizes: Tensor,
+    *,
+    repeats: Tensor | None = None,
+    norm: dict[str, Any] | None = None,
 ) -> Quantized:
     """`lowbit.planar_reference.quantize_static_planar` of x float [T, C], contiguous.
 
-    repeats: the weight's, for `repeat_tiles` of the result. Raises ValueError for tensors of other shapes, or not all on x's device.
+    repeats: the weight's, for `repeat_tiles` of the result. norm: that of x is what is rounded; arguments of
+    `lowbit.triton.quantize.norm_quantize`. Raises ValueError for tensors of other shapes, or not all on x's device.
     """
     _check_grids(x, bits, sizes, scale=scale, zero=zero)
     of_tile = [_of_tiles(t, sizes, x.shape[1]) for t in (scale, zero, bits)]
-    (a, _, _, count), _ = quantize.norm_quantize(x, of_tile[2], scale=of_tile[0], zero=of_tile[1])
+    (a, _, _, count), _ = quantize.norm_quantize(x, of_tile[2], scale=of_tile[0], zero=of_tile[1], **(norm or {}))
     middle = torch.exp2(of_tile[2].float() - 1)
     more = count.shape[1] - middle.numel()
     step, shift = of_tile[0], of_tile[0] * (middle - of_tile[1])  # [tiles]
@@ -33,14 +43,18 @@ def quantize_static(
     return repeat_tiles((a, step, shift, count), x.shape[1], repeats)
 
 
-def quantize_tiles(x: Tensor, bits: Tensor, sizes: Tensor, *, repeats: Tensor | None = None) -> Quantized:
+def quantize_tiles(
+    x: Tensor, bits: Tensor, sizes: Tensor, *, repeats: Tensor | None = None, norm: dict[str, Any] | None = None
+) -> Quantized:
     """`lowbit.planar_reference.quantize_tiles_planar`, but a shift of zeros where that gives None.
 
-    No cluster may be empty. Arguments and errors as of `quantize_static`.
+    No cluster may be empty, and with a norm each must be a tile. Arguments and errors as of `quantize_static`.
     """
     _check_grids(x, bits, sizes)
     if sizes.numel() == _tiles(x.shape[1]):
-        found = quantize.quantize_tiles(x, bits)
+        found, _ = quantize.norm_quantize(x, bits, **(norm or {}))
+    elif norm is not None:
+        raise ValueError(f"{sizes.numel()} clusters of {_tiles(x.shape[1])} tiles: normalize x first")
     else:
         found = quantize.quantize_clusters(x, bits, _tiles(sizes).cumsum(0), brief=True)
     return repeat_tiles(found, x.shape[1], repeats)
