@@ -42,9 +42,8 @@ def laid_out(W, bits, group, symmetric):
 
 
 def read_bytes(weight):
-    """Bytes that a product reads where no activation has a shift: planes, scales, and zero points if there are any."""
-    sums = 2 * weight.scale.numel()
-    return sum(plane.numel() for plane in weight.planes) + weight.tables.numel() - sums
+    """Bytes that a product reads, of activations with shifts, which those of 8 bits have: planes and all tables."""
+    return sum(plane.numel() for plane in weight.planes) + weight.tables.numel()
 
 
 def by_tiles(weight):

@@ -198,10 +198,12 @@ void *pad_tail(const PlanarWeight &w, PlanarBlock &tail) {
 
 void spread_rows(const PlanarPath &path, int threads, const PlanarActivations &x, const PlanarWeight &w, const PlanarBlock &tail,
                  float *y) {
-    const long blocks = (w.R + PLANAR_ROWS - 1) / PLANAR_ROWS, parts = blocks < threads ? blocks : threads;
-    // All rows for some tokens before the next ones: their codes stay in the cache.
-#pragma omp parallel for num_threads(parts) schedule(static)
+    constexpr long SHARES = 8;  // of each thread: whoever wakes late or loses its core holds up the others by one
+    const long blocks = (w.R + PLANAR_ROWS - 1) / PLANAR_ROWS, team = blocks < threads ? blocks : threads;
+    const long wanted = team == 1 ? 1 : team * SHARES, parts = blocks < wanted ? blocks : wanted;
+#pragma omp parallel for num_threads(team) schedule(dynamic)
     for (long part = 0; part < parts; ++part)
+        // All rows for some tokens before the next ones: their codes stay in the cache.
         for (long from = 0; from < x.T; from += PLANAR_TOKENS) {
             const long to = from + PLANAR_TOKENS < x.T ? from + PLANAR_TOKENS : x.T;
             for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
