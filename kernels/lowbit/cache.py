@@ -92,25 +92,71 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor, rotary: str) -> Tensor:
     return torch.cat([turned, keys[..., rotated:]], dim=-1)
 
 
+@dataclass(eq=False)
+class Space:
+    """What layers hold and how it rotates, with space behind: the first `tokens` are taken.
+
+    held: [layers, 2, B, H, capacity, bytes]. cos, sin: [B or 1, capacity, R/2], None without rotary.
+    """
+
+    held: Tensor
+    tokens: int
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens: [B or 1, tokens, R/2] each."""
+        return self.cos[:, : self.tokens], self.sin[:, : self.tokens]
+
+    def view(self, place: int, which: int) -> Tensor:
+        """The keys (0) or values (1) of the layer at `place`: [B, H, tokens, bytes]."""
+        return self.held[place, which, :, :, : self.tokens]
+
+
 class Rotation:
-    """Cosines and sines [B or 1, T, R/2] of every cached token, for all layers that rotate alike."""
+    """Cosines and sines [B or 1, T, R/2] of every cached token, for all layers that rotate alike.
+
+    As a layer's keys they may be kept in a `space`, until they are set.
+    """
 
     def __init__(self, source: Tensor):
         self.source = weakref.ref(source)  # names the rotation while the first forward binds layers to it
-        self.cos: Tensor | None = None
-        self.sin: Tensor | None = None
+        self._own: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.space: Space | None = None
+
+    @property
+    def cos(self) -> Tensor | None:
+        return self._own[0] if self.space is None else self.space.turned()[0]
+
+    @property
+    def sin(self) -> Tensor | None:
+        return self._own[1] if self.space is None else self.space.turned()[1]
+
+    def put(self, cos: Tensor, sin: Tensor) -> None:
+        """Hold these tables."""
+        self._own, self.space = (cos, sin), None
+
+    def keep_in(self, space: Space) -> None:
+        """Show the tables of a space from now on."""
+        self._own, self.space = (None, None), space
+
+    def __getstate__(self) -> dict:
+        """A copy has tables of its own."""
+        return {**vars(self), "_own": (self.cos, self.sin), "space": None}
 
     def __len__(self) -> int:
+        if self.space is not None:
+            return self.space.tokens
         return 0 if self.cos is None else self.cos.shape[1]
 
     def append(self, cos: Tensor, sin: Tensor) -> None:
         """Add the rotation of new tokens, [B or 1, T, R/2] each."""
-        self.cos, self.sin = (_append_rows(old, new) for old, new in ((self.cos, cos), (self.sin, sin)))
+        self.put(*(_append_rows(old, new) for old, new in ((self.cos, cos), (self.sin, sin))))
 
     def transform(self, change) -> None:
         """Replace both tables by `change(table)`."""
         if self.cos is not None:
-            self.cos, self.sin = change(self.cos), change(self.sin)
+            self.put(change(self.cos), change(self.sin))
 
 
 def _append_rows(old: Tensor | None, new: Tensor) -> Tensor:
@@ -122,13 +168,47 @@ def _append_rows(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 class PackedCacheLayer(DynamicLayer):
-    """One layer of a `PackedCache`: `keys` and `values` are uint8 [B, H, T, ceil(D*bits/8)]."""
+    """One layer of a `PackedCache`: `keys` and `values` are uint8 [B, H, T, ceil(D*bits/8)].
+
+    They may be kept in a `space`, whose tokens grow without this layer; they are views of it then, made when asked for, until one is set.
+    """
 
     def __init__(self, grid: KVGrid):
+        self._own: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.space: Space | None = None
+        self.place = 0
         super().__init__()
         self.grid = grid
         self.rotation: Rotation | None = None
         self.spared: Spared | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._own[0] if self.space is None else self.space.view(self.place, 0)
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._own, self.space = (keys, self.values), None
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._own[1] if self.space is None else self.space.view(self.place, 1)
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._own, self.space = (self.keys, values), None
+
+    def keep_in(self, space: Space, place: int) -> None:
+        """Show what lies at `place` in a space from now on."""
+        self._own, self.space, self.place = (None, None), space, place
+
+    def __getstate__(self) -> dict:
+        """A copy has keys and values of its own."""
+        return {**vars(self), "_own": (self.keys, self.values), "space": None}
+
+    def get_seq_length(self) -> int:
+        """Returns how many tokens are held."""
+        return super().get_seq_length() if self.space is None else self.space.tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start empty, on the device of the first keys [B, H, T, D]."""

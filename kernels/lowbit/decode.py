@@ -23,7 +23,7 @@ from lowbit.decode_cache import Room, spare, start, unless_it_fails
 from lowbit.decode_cache import obstacle as cache_obstacle
 from lowbit.integer import FEW_TOKENS
 from lowbit.modules import ActivationQuantizer
-from lowbit.sinks import leading, sink_rows
+from lowbit.sinks import leading, none_among, sink_rows
 
 PREFILL_TOKENS = (
     1024  # of all sequences together, that go through a block at a time: what is held between phases grows with them
@@ -81,7 +81,7 @@ class Decoder:
         self._keep: list[Tensor] = []
         self._blocks = (cpu.Block * len(blocks))()
         self._channels = blocks[0].get_submodule(roles.qkv[0]).in_features
-        self._seats: weakref.WeakKeyDictionary[Cache, _Seat] = weakref.WeakKeyDictionary()
+        self._seats: weakref.WeakKeyDictionary[Cache, Seat] = weakref.WeakKeyDictionary()
         self._read(blocks)
 
     def _read(self, blocks: list[nn.Module]) -> None:
@@ -182,12 +182,44 @@ class Decoder:
 
     def _advance(self, cache: Cache, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
         """One token y [B, 1, C] of each sequence through the blocks, in place."""
-        seat = self._seat(cache, 1, turn)
+        return self._append(self._seat(cache, 1, turn), y, turn, mask, path)
+
+    def _append(self, seat: Seat, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
+        """As `_advance`, to the cache that the seat is of."""
         keep: list[Tensor] = []
-        _aim(seat.step, seat.room.tokens, y, turn, mask, keep)
+        _aim(seat.step, seat.room.space.tokens, y, turn, mask, keep)
         self._pass([seat.step], path, memory=seat.memory)
-        seat.room.show(seat.room.tokens + 1)
+        seat.room.show(seat.room.space.tokens + 1)
         return y
+
+    def seat_for_one(self, cache: Cache, ids: Tensor) -> Seat | None:
+        """What `step_on` takes, if the next token of each sequence, ids [B, 1], none of them a sink, may come now; else None.
+
+        A cache has none until `step` has met it.
+        """
+        seat = self._seats.get(cache)
+        if seat is None or seat.threads != torch.get_num_threads() or not self._served(cache):
+            return None
+        room = seat.room
+        fits = room.space.held.shape[2] == len(ids) and 0 < room.space.tokens < room.capacity
+        if not fits or len(ids) > FEW_TOKENS and self._unrounded():
+            return None
+        return seat if not self.sinks or none_among(len(ids), 1) else None
+
+    def step_on(self, cache: Cache, seat: Seat, hidden: Tensor, turn: Turn | None) -> Tensor:
+        """`step` without a mask, on the cache that the seat is for. Nothing else may have run since the seat was asked for.
+
+        Args:
+            hidden: float32 [B, 1, C] on the CPU.
+            turn: cosines and sines of one of the halves, float32 [B or 1, 1, R/2] each, no more rows than the room's; None without rotary.
+        """
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        if seat.room.rotation is not None:
+            seat.room.turn(*turn)
+        if seat.room.lazy:  # the last thing it does shows the token, and nothing else of the cache changes
+            return self._append(seat, hidden, turn, None, "fastest")
+        with unless_it_fails(cache, self.layers):
+            return self._append(seat, hidden, turn, None, "fastest")
 
     def _prefill(
         self, cache: Cache, y: Tensor, sinks: int, turn: Turn | None, mask: Tensor | None, path: str
@@ -227,7 +259,7 @@ class Decoder:
         seat = self._seats.get(cache)
         return seat is not None and seat.room.shown_in([cache.layers[i] for i in self.layers])
 
-    def _seat(self, cache: Cache, tokens: int, turn: Turn | None) -> _Seat:
+    def _seat(self, cache: Cache, tokens: int, turn: Turn | None) -> Seat:
         """Room for so many more tokens, turned so, in the cache, and the step that writes one there."""
         layers = [cache.layers[i] for i in self.layers]
         rotation = getattr(layers[0], "rotation", None)
@@ -240,12 +272,12 @@ class Decoder:
             seat.room.turn(*turn)
         return seat
 
-    def _take_seat(self, room: Room) -> _Seat:
+    def _take_seat(self, room: Room) -> Seat:
         keep: list[Tensor] = []
-        step, blocks = self._empty_step(room.layers, room.held, keep)
-        step.all_cos, step.all_sin = cpu.address(room.cos, keep), cpu.address(room.sin, keep)
+        step, blocks = self._empty_step(room.layers, room.space.held, keep)
+        step.all_cos, step.all_sin = cpu.address(room.space.cos, keep), cpu.address(room.space.sin, keep)
         step.turns_stride = 0 if room.rows == 1 else room.capacity * step.half
-        return _Seat(room, step, cpu.scratch(step), torch.get_num_threads(), blocks, keep)
+        return Seat(room, step, cpu.scratch(step), torch.get_num_threads(), blocks, keep)
 
     def _empty_step(self, layers: list, held: Tensor, keep: list[Tensor]) -> tuple[cpu.Step, Array]:
         """A step of one token a sequence, and its blocks, that writes to held [layers, 2, B, H, capacity, bytes or D]."""
@@ -268,7 +300,7 @@ Turn = tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
-class _Seat:
+class Seat:
     """A step that appends to a cache: `memory` for `threads` threads, its `blocks`, and the tensors that these point to."""
 
     room: Room

@@ -7,6 +7,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from lowbit.decode import CannotStep, Decoder
+from lowbit.decode_plain import attach_plain, shows_inside
 
 
 class _Blocks(nn.Module):
@@ -49,7 +50,7 @@ def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandl
         if (
             not module.training
             and isinstance(kwargs.get("past_key_values"), Cache)
-            and not _shows_inside(module.config, kwargs)
+            and not shows_inside(module.config, kwargs)
         ):
             module._modules[name] = instead
 
@@ -59,10 +60,5 @@ def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandl
     return [
         owner.register_forward_pre_hook(before, with_kwargs=True),
         owner.register_forward_hook(after, always_call=True),
+        *attach_plain(owner, decoder),
     ]
-
-
-def _shows_inside(config, kwargs: dict) -> bool:
-    """Whether outputs of single blocks are asked for."""
-    asked = ("output_hidden_states", "output_attentions")
-    return any(getattr(config, name, False) if kwargs.get(name) is None else kwargs[name] for name in asked)

@@ -1,8 +1,8 @@
 """Room behind a cache's tensors: new tokens are written where the next ones go, and nothing held is copied.
 
 The layers of a transformers cache hold `keys` and `values` that just fit. A `Room` takes over what they hold, with capacity to spare, and
-leaves views of it in the layers, so that the cache stays what it is: any module may go on with it, crop or reorder it. Whoever
-replaces a view in a layer ends the room.
+leaves views of it in the layers, or lets them make the views when asked, so that the cache stays what it is: any module may go on with
+it, crop or reorder it. Whoever replaces a view in a layer ends the room.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lowbit.cache import PackedCache, PackedCacheLayer
+from lowbit.cache import PackedCache, PackedCacheLayer, Space
 from lowbit.spared import Spared
 
 SLACK = 8  # bytes past the end that may be read with the last codes
@@ -101,7 +101,9 @@ def spare(layers: list[PackedCacheLayer], count: int, turn: tuple[Tensor, Tensor
 def unless_it_fails(cache: Cache, layers: range) -> Iterator[None]:
     """Within, an error leaves these layers of the cache, and how its tokens are rotated, as they were."""
     rotations = list(cache.rotations) if isinstance(cache, PackedCache) else []
-    before = [(one, vars(one).copy()) for one in (*(cache.layers[i] for i in layers), *rotations)]
+    held = [cache.layers[i] for i in layers]
+    space = getattr(held[0], "space", None)
+    before = [(one, vars(one).copy()) for one in (*held, *rotations, *([] if space is None else [space]))]
     try:
         yield
     except BaseException:
@@ -114,59 +116,70 @@ def unless_it_fails(cache: Cache, layers: range) -> Iterator[None]:
 
 
 class Room:
-    """What some layers of a cache hold, of one shape and kind, in one tensor `held` [layers, 2, B, H, capacity, bytes or D].
+    """What some layers of a cache hold, of one shape and kind, in one `space` [layers, 2, B, H, capacity, bytes or D].
 
-    `tokens` of the capacity are taken. `cos`, `sin` float32 [B or 1, capacity, R/2] where keys are stored before rotation, else None.
+    Its `cos`, `sin` are float32 [B or 1, capacity, R/2] where keys are stored before rotation, else None.
     """
 
     def __init__(self, layers: list[DynamicLayer], *, rows: int, more: int):
         """rows: 1 if one row of the rotation's tables is to serve all sequences, else how many there are. more: tokens to come next."""
         self.layers, self.rows = layers, rows
         self.rotation = getattr(layers[0], "rotation", None)
-        self.tokens = layers[0].keys.shape[2]
-        self.capacity = self.tokens + more + max(LEAST, (self.tokens + more) // 2)
-        batch, heads, _, width = layers[0].keys.shape
-        shape = (len(layers), 2, batch, heads, self.capacity, width)
-        self.held = _with_slack(shape, layers[0].keys.dtype)
-        for room, layer in zip(self.held, layers):
-            room[0, :, :, : self.tokens] = layer.keys
-            room[1, :, :, : self.tokens] = layer.values
-        self.cos, self.sin = (
-            (None, None) if self.rotation is None else map(self._table, (self.rotation.cos, self.rotation.sin))
-        )
-        self.show(self.tokens)
+        self.lazy = isinstance(layers[0], PackedCacheLayer)  # layers that make their views when asked
+        batch, heads, tokens, width = layers[0].keys.shape
+        self.capacity = tokens + more + max(LEAST, (tokens + more) // 2)
+        held = _with_slack((len(layers), 2, batch, heads, self.capacity, width), layers[0].keys.dtype)
+        for room, layer in zip(held, layers):
+            room[0, :, :, :tokens] = layer.keys
+            room[1, :, :, :tokens] = layer.values
+        # from a space there is no way back to the layers: a cycle would outlive the cache
+        self.space = Space(held, tokens)
+        if self.rotation is not None:
+            self.space.cos, self.space.sin = map(self._table, (self.rotation.cos, self.rotation.sin))
+        if self.lazy:
+            self._move_in()
+        self.show(tokens)
 
     def _table(self, known: Tensor) -> Tensor:
         """[B or 1, T, R/2] -> [rows, capacity, R/2]."""
         table = known.new_empty(self.rows, self.capacity, known.shape[2], dtype=torch.float32)
-        table[:, : self.tokens] = known
+        table[:, : known.shape[1]] = known
         return table
+
+    def _move_in(self) -> None:
+        for place, layer in enumerate(self.layers):
+            layer.keep_in(self.space, place)
+        if self.rotation is not None:
+            self.rotation.keep_in(self.space)
 
     def shown_in(self, layers: list[DynamicLayer]) -> bool:
         """Whether the layers hold what was last shown."""
+        if self.lazy:
+            same = layers == self.layers and all(layer.space is self.space for layer in layers)
+            return same and (self.rotation is None or self.rotation.space is self.space)
         shown = zip(layers, self.layers, self.keys, self.values)
-        same = all(a is b and a.keys is keys and a.values is values for a, b, keys, values in shown)
-        return same and (self.rotation is None or self.rotation.cos is self.shown_cos)
+        return all(a is b and a.keys is keys and a.values is values for a, b, keys, values in shown)
 
     def takes(self, tokens: int, rows: int) -> bool:
         """Whether so many more tokens fit, turned by tables of so many rows."""
-        return self.tokens + tokens <= self.capacity and (self.rotation is None or self.rows == rows)
+        return self.space.tokens + tokens <= self.capacity and (self.rotation is None or self.rows == rows)
 
     def turn(self, cos: Tensor, sin: Tensor) -> None:
         """Note how the next tokens are rotated: [rows or 1, T, R/2] each."""
-        to = slice(self.tokens, self.tokens + cos.shape[1])
-        self.cos[:, to], self.sin[:, to] = cos, sin
+        to = slice(self.space.tokens, self.space.tokens + cos.shape[1])
+        self.space.cos[:, to], self.space.sin[:, to] = cos, sin
 
     def show(self, tokens: int) -> None:
         """Let the layers hold the first `tokens`."""
-        self.tokens = tokens
-        views = self.held[:, :, :, :, :tokens].flatten(0, 1).unbind()  # [layers, 2, ...] -> 2 layers x [B, H, T, bytes]
+        self.space.tokens = tokens
+        if self.lazy:
+            return
+        views = (
+            self.space.held[:, :, :, :, :tokens].flatten(0, 1).unbind()
+        )  # [layers, 2, ...] -> 2 layers x [B, H, T, D]
         self.keys, self.values = views[0::2], views[1::2]
         for layer, keys, values in zip(self.layers, self.keys, self.values):
             layer.keys, layer.values = keys, values
-        if self.rotation is not None:
-            self.rotation.cos, self.rotation.sin = self.cos[:, :tokens], self.sin[:, :tokens]
-            self.shown_cos = self.rotation.cos
 
 
 def _with_slack(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from lowbit.cpu import decode as cpu
-from lowbit.decode import CannotStep, Decoder, Roles, Shape
+from lowbit.decode import CannotStep, Decoder, Roles, Seat, Shape
 from lowbit.decode_blocks import block_of
 
 
@@ -53,6 +53,10 @@ class StreamedDecoder(Decoder):
     def obstacle(self, *args, **kwargs) -> str | None:
         """As of `Decoder`; a block that cannot run natively stands in the way of every step once it has been read."""
         return self._why_not or super().obstacle(*args, **kwargs)
+
+    def seat_for_one(self, *args, **kwargs) -> Seat | None:
+        """As of `Decoder`; None where a block that was read cannot run natively."""
+        return None if self._why_not else super().seat_for_one(*args, **kwargs)
 
     def _pass(self, steps: list[cpu.Step], path: str, *, memory: Tensor | None = None) -> None:
         """All steps through a block before the next is asked for. `memory` was sized when no block had been read."""

@@ -78,7 +78,7 @@ def _part(cache: Cache, layer: int, rows: slice) -> Cache:
     rotation = getattr(cache.layers[layer], "rotation", None)
     if rotation is not None and len(rotation.cos) > 1:
         some = Rotation(rotation.cos)
-        some.cos, some.sin = rotation.cos[rows], rotation.sin[rows]
+        some.put(rotation.cos[rows], rotation.sin[rows])
         part.layers[layer].rotation = some
     return part
 

@@ -40,6 +40,8 @@ def arriving(batch: int, tokens: int, count: int, *, held: int, attended: Tensor
     attended: [B, held + T], nonzero where a token is no padding; None for no padding.
     """
     if attended is None:
+        if held >= count:
+            return torch.zeros(batch, tokens, dtype=torch.bool, device=device)
         return leading(batch, held + tokens, count, device)[:, held:]
     real = attended.bool()
     return (real & (real.cumsum(1) <= count))[:, -tokens:]
@@ -68,6 +70,12 @@ def of_sequences(rows: slice) -> Iterator[None]:
         yield
     finally:
         announce(known)
+
+
+def none_among(batch: int, tokens: int) -> bool:
+    """Whether it was announced that none of [B, T] tokens is a sink."""
+    rows = _announced()
+    return rows is not None and rows.shape == (batch, tokens) and not rows.any()
 
 
 def sink_rows(x: Tensor) -> Tensor:

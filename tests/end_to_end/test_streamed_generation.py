@@ -149,14 +149,20 @@ def test_a_cache_that_holds_tokens_is_continued(packed, batch, monkeypatch):
 @pytest.fixture
 def events(monkeypatch):
     """What a streamed model does: the number of sequences of each native step taken, "block" for each block run by its modules."""
-    seen, step, forward = [], Decoder.step, stream._forward
+    seen, step, step_on, forward = [], Decoder.step, Decoder.step_on, stream._forward
 
     def counted(self, hidden, *args, **more):
         out = step(self, hidden, *args, **more)
         seen.append(len(hidden))
         return out
 
+    def counted_on(self, cache, seat, hidden, turn):
+        out = step_on(self, cache, seat, hidden, turn)
+        seen.append(len(hidden))
+        return out
+
     monkeypatch.setattr(Decoder, "step", counted)
+    monkeypatch.setattr(Decoder, "step_on", counted_on)
     monkeypatch.setattr(stream, "_forward", lambda *args, **more: seen.append("block") or forward(*args, **more))
     return seen
 
