@@ -19,13 +19,20 @@ _lock = Lock()
 _last: tuple[weakref.ref[mmap.mmap], int] | None = None
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU whose numbers are to be written yet, beside those made before it; a plain one on other systems."""
+    size = torch.Size(shape).numel()
+    if _advice is None or not size:
+        return torch.empty(shape, dtype=dtype)
+    memory, start = _take(size * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype, count=size, offset=start).view(shape)
+
+
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy of a tensor on the CPU, beside those made before it; the tensor itself on other devices and systems."""
+    """A contiguous copy of a tensor on the CPU by `empty`; the tensor itself on other devices and systems."""
     if _advice is None or not tensor.is_cpu or not tensor.numel():
         return tensor
-    memory, start = _take(tensor.nbytes)
-    place = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-    return place.view(tensor.shape).copy_(tensor)
+    return empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 def _take(size: int) -> tuple[mmap.mmap, int]:

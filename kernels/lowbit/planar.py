@@ -198,7 +198,6 @@ def planar_weight(
         s, z = torch.cat([s, s[:, repeats] / 2**bits], 1), torch.cat([z, z_rest], 1)
         inside = torch.cat([inside, inside[repeats]])
     planes, sums = _laid_out(packed, rest, bits=bits, channels=channels)  # sums [R, G]
-    planes = tuple(map(in_large_pages, planes))
     more = sums.shape[1] - s.shape[1]
     s, z = F.pad(s, (0, more)), F.pad(z, (0, more))
     shifts = s * z  # [R, G]
@@ -208,15 +207,16 @@ def planar_weight(
 
 
 def _laid_out(packed: Tensor, rest: Tensor | None, *, bits: int, channels: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(planes, sums of v int32 [R, G]) of packed codes and, behind them, the centred codes int8 [R, E, 64] of fine groups' rest."""
+    """(planes in large pages, sums of v int32 [R, G]) of packed codes and then the centred codes int8 [R, E, 64] of fine groups."""
     if bits == 4 and channels % UNIT == 0 and packed.is_cpu and native.library() is not None:
         plane, sums = nibbles(packed)
         if rest is None:
             return (plane,), sums
         planes, more = _planes_of(rest, bits)
-        return (torch.cat([plane, *planes], 1),), torch.cat([sums, more], 1)
+        return (in_large_pages(torch.cat([plane, *planes], 1)),), torch.cat([sums, more], 1)
     v = _tiled(_centred(unpack(packed, bits, channels), bits))  # [R, C] -> [R, tiles, 64]
-    return _planes_of(v if rest is None else torch.cat([v, rest], 1), bits)
+    planes, sums = _planes_of(v if rest is None else torch.cat([v, rest], 1), bits)
+    return tuple(map(in_large_pages, planes)), sums
 
 
 def _planes_of(v: Tensor, bits: int) -> tuple[tuple[Tensor, ...], Tensor]:

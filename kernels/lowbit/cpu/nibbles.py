@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from lowbit import large_pages
 from lowbit.cpu import native
 
 
@@ -16,7 +17,7 @@ def nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:
     packed: uint8 [R, C/2] on the CPU, C a multiple of 128, as `lowbit.pack` gives them. Runs on torch.get_num_threads() threads.
     """
     packed = packed.contiguous()
-    plane = torch.empty_like(packed)
+    plane = large_pages.empty(tuple(packed.shape), torch.uint8)
     sums = torch.empty(packed.shape[0], packed.shape[1] // 32, dtype=torch.int32)
     pointers = (native.pointer(tensor) for tensor in (packed, plane, sums))
     native.library().lowbit_nibbles(torch.get_num_threads(), ctypes.c_long(packed.numel() // 64), *pointers)
