@@ -75,6 +75,8 @@ ROWS = (
     Row("inputs-A4", "RPTQ clusters: inputs of linears 4", inputs(4, 4)),
     Row("inputs-A4-tensor", "per tensor: inputs of linears 4", inputs(4, 4, method="rtn")),
     Row("KV4", "RPTQ: keys and values 4", {"activations": {"kv_bits": 4}}),
+    Row("head-8", "output head 8, groups of 64", {"method": "rtn", "weights": {"head": 8}}),
+    Row("head-4", "output head 4, groups of 64", {"method": "rtn", "weights": {"head": 4}}),
     Row("W4A8-tile-64", "W4A8, clusters of whole tiles of 64", {"preset": "W4A8", "clusters": {"tile": 64}}),
     Row("W4A8-tile-128", "W4A8, clusters of whole tiles of 128", {"preset": "W4A8", "clusters": {"tile": 128}}),
     Row("gptq-W4-g64", "GPTQ: weights 4, groups of 64", {"method": "gptq", "weights": {"bits": 4, "groups": 64}}),
@@ -248,7 +250,7 @@ def page(table, rows):
         f"Evaluated on {p['windows']} windows of {p['seqlen']} tokens of {p['text']} (sha256 {p['sha256'][:12]}), protocol"
         f" {p['protocol']}, no BOS in the windows; ± is the standard error over windows. Calibrated on {c['nsamples']} x"
         f" {c['seqlen']} tokens of {c['text']}, windows: {c['mode']}.",
-        "Weight bits are effective bits of the linears in the blocks: codes, scales, zero points, group sizes and"
+        "Weight bits are effective bits of the linears in the blocks, and of a packed head: codes, scales, zero points, group sizes and"
         " permutations. MB is all safetensors, embeddings included. s is compressing plus evaluating, by the clock,"
         " whatever else the machine did.",
         *padding_note(rows),
