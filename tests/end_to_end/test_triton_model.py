@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpret, needs_triton
 from lowbit.cpu import native
 from lowbit.modules import Linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ptq
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
 OPT = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 192, "num_attention_heads": 2}
@@ -81,14 +78,8 @@ def test_logits_and_tokens_are_those_of_the_reference(name, tokenizer, recipe_fo
     run(recipe_for(tmp_path / "source", **options), tmp_path / "out")
     given = tokens[:2, :4]
     torch.save(given, tmp_path / "tokens")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    folders = [str(tmp_path / part) for part in ("out", "tokens", "found")]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, *folders], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [sorted(functions), norms, []]
+    printed = interpret(CHILD, tmp_path, "out", "tokens", "found", paths=[ROOT])
+    assert json.loads(printed.splitlines()[-1]) == [sorted(functions), norms, []]
     found = torch.load(tmp_path / "found")
     monkeypatch.setattr(native, "fast_avx2", lambda: False)
     model = ptq.load(tmp_path / "out")

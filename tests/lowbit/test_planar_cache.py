@@ -6,17 +6,15 @@ What is run stands in `SCENARIOS`, once for both: here on reference operations, 
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import interpret, launches_of, needs_triton
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,8 +27,6 @@ from lowbit.sinks import announce, leading
 from lowbit.sinks import attach as attach_sinks
 from test_cache import FAMILIES, decode_in_pieces, new_model, observed_grids, quantized_model, tokens
 
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 STEPS = [4, 1, 2, 1]
 
 
@@ -195,13 +191,10 @@ torch.save(found, sys.argv[1])
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Results and calls on the kernels; the interpreter must be asked for before triton is first imported."""
+    """Results and calls on the kernels."""
     folder = tmp_path_factory.mktemp("planar")
-    paths = os.pathsep.join(str(path) for path in (ROOT / "kernels", Path(__file__).parent))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    child = [sys.executable, "-W", "ignore", "-c", CHILD, str(folder / "out")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    tests = Path(__file__).parent
+    interpret(CHILD, folder, "out", paths=[tests, tests.parent])
     return torch.load(folder / "out")
 
 
@@ -225,20 +218,7 @@ def launches(monkeypatch):
     """What would be launched on a device without numbers, "meta": (kernel, its tensors' devices)."""
     from lowbit.triton import kv
 
-    class Launch:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *given, **_: seen.append((self.name, {t.device.type for t in given if torch.is_tensor(t)}))
-
-    seen = []
-    for name in ("append_kernel", "decode_kernel", "join_kernel"):
-        monkeypatch.setattr(kv, name, Launch(name))
-    monkeypatch.setattr(kv, "_family", lambda device: "sm_90")
-    monkeypatch.setattr(kv, "_parts", lambda *_: 2)
-    monkeypatch.setitem(integer.KERNELS, "meta", replace(integer.KERNELS["cuda"], run_on=lambda device: True))
-    return seen
+    return launches_of(monkeypatch, [(kv, f"{name}_kernel") for name in ("append", "decode", "join")], kv)
 
 
 @needs_triton

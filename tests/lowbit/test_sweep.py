@@ -10,13 +10,13 @@ import sys
 import threading
 import warnings
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import lowbit
 import numpy as np
 import pytest
 import torch
+from interpreter import interpret, needs_triton
 from lowbit.cpu import native
 from lowbit.cpu.sweep import sweep as native_sweep
 from lowbit.sweep_reference import sweep_reference
@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_library = pytest.mark.skipif(native.library() is None, reason="lowbit's C++ library is not built here")
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def minus_product(w, a, b, fused):
@@ -173,10 +172,7 @@ def interpreted(tmp_path_factory):
         inputs = {"W1": W1, "steps": steps, **asked, **more}
         tensors |= {f"{case}/{key}": torch.as_tensor(value) for key, value in inputs.items()}
     save_file(tensors, folder / "in")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
-    child = [sys.executable, "-c", INTERPRET, str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    interpret(INTERPRET, folder, "in", "out")
     found = load_file(folder / "out")
     return {case: [found.get(f"{case}/{key}") for key in ("values", "kept", "errors")] for case in cases}
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from interpreter import interpret, needs_triton
 from lowbit import kv_planar
 from lowbit.attention import lowbit_attention
 from lowbit.cache import KVGrid, PackedCacheLayer, Rotation
 from lowbit.packing import unpack
 from lowbit.spared import Spared
 from safetensors.torch import load_file, save_file
-
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # name -> (bits, channels, rotary, rotary_dim), (batch, KV heads, query heads to each, tokens), parts, what else there is
 CASES = {
@@ -123,10 +116,7 @@ def interpreted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kv")
     tensors = {f"{name}/{key}": value.contiguous() for name in CASES for key, value in problem(name).items()}
     save_file({key: value.clone() for key, value in tensors.items()}, folder / "in")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
-    child = [sys.executable, "-c", CHILD, str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    interpret(CHILD, folder, "in", "out")
     return load_file(folder / "out")
 
 

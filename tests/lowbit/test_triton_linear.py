@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpret, launches_of, needs_triton
 from lowbit import ActivationQuantizer, Linear, Norm, integer, planar_reference
 from lowbit.coded import Coded
 from lowbit.planar import EXACT, all_tiles
 from lowbit.sinks import announce
 
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 C, R = 160, 24  # a last tile of 32 channels, a last unit of one tile
 GROUPS, SIZES = torch.tensor([64, 64, 32]), torch.tensor([64, 96])
 WIDTHS = torch.tensor([4, 8])
@@ -112,13 +106,10 @@ torch.save(found, sys.argv[2])
 """
 
 
-def interpret(code, given, folder):
-    """What the child makes of `given` under the interpreter, which must be asked for before triton is first imported."""
+def interpreted(code, given, folder):
+    """What the child makes of `given`."""
     torch.save(given, folder / "in")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
-    child = [sys.executable, "-W", "ignore", "-c", code, str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    interpret(code, folder, "in", "out")
     return torch.load(folder / "out")
 
 
@@ -131,7 +122,7 @@ def sinks_among(x, spared):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     given = {n: (m, x, None if s is None else sinks_among(x, s)) for n, (m, x, s) in LINEARS.items()}
-    return interpret(CHILD, given, tmp_path_factory.mktemp("linears"))
+    return interpreted(CHILD, given, tmp_path_factory.mktemp("linears"))
 
 
 @needs_triton
@@ -178,7 +169,7 @@ def code_cases():
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
     exact = {f"exactly {T}": ("quantize_exactly", (inputs(T, channels=1100),), None) for T in (0, 1, 3)}
-    return interpret(CODES, code_cases() | exact, tmp_path_factory.mktemp("codes"))
+    return interpreted(CODES, code_cases() | exact, tmp_path_factory.mktemp("codes"))
 
 
 @needs_triton
@@ -261,7 +252,7 @@ torch.save(found, sys.argv[2])
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     given = {n: (m, x, None if s is None else sinks_among(x, s)) for n, (m, x, s, _) in NORMED.items()}
-    return interpret(SHARED, given, tmp_path_factory.mktemp("shared"))
+    return interpreted(SHARED, given, tmp_path_factory.mktemp("shared"))
 
 
 @needs_triton
@@ -345,21 +336,10 @@ def launches(monkeypatch):
     """What would be launched on a device without numbers, "meta": (kernel, its tensors' devices)."""
     from lowbit.triton import planar_linear, quantize
 
-    class Launch:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *given, **_: seen.append((self.name, {t.device.type for t in given if torch.is_tensor(t)}))
-
-    seen = []
-    for module in (planar_linear, quantize):
-        for name in [name for name in dir(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Launch(name))
-    monkeypatch.setattr(planar_linear, "_family", lambda device: "sm_90")
-    monkeypatch.setattr(planar_linear, "_parts", lambda *_: 2)
-    monkeypatch.setitem(integer.KERNELS, "meta", replace(integer.KERNELS["cuda"], run_on=lambda device: True))
-    return seen
+    kernels = [
+        (module, name) for module in (planar_linear, quantize) for name in dir(module) if name.endswith("_kernel")
+    ]
+    return launches_of(monkeypatch, kernels, planar_linear)
 
 
 # Sinks are left out: whether a token is one decides what is launched.

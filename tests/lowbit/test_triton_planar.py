@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpret, needs_triton
 from lowbit import reference
 from lowbit.hadamard import rotate
 from safetensors.torch import load_file, save_file
-
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # name -> tokens, rows, channels, weight bits, channels that share a grid (0: all), parts of K, what else there is
 LINEARS = {
@@ -139,13 +133,10 @@ save_file(out, sys.argv[2])
 """
 
 
-def interpret(code: str, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+def interpreted(code: str, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     """Run by the interpreter, which must be asked for before triton is first imported."""
     save_file({key: value.clone() for key, value in tensors.items() if value is not None}, folder / "in")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
-    child = [sys.executable, "-c", code, str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    interpret(code, folder, "in", "out")
     return load_file(folder / "out")
 
 
@@ -162,7 +153,7 @@ def linears(tmp_path_factory):
         if key.endswith("/count"):
             value[1, 2] = torch.nan
         tensors[f"broken {key}"] = value
-    return interpret(LINEAR, tensors, tmp_path_factory.mktemp("linears"))
+    return interpreted(LINEAR, tensors, tmp_path_factory.mktemp("linears"))
 
 
 @needs_triton
@@ -266,7 +257,7 @@ def quantizers(tmp_path_factory):
     make = torch.Generator().manual_seed(5)
     tensors["tiles, short/codes"] = torch.randint(-128, 128, (19, 256), generator=make, dtype=torch.int8)
     tensors["tiles, short/grid"] = torch.rand(4, 19, generator=make)
-    found = interpret(QUANTIZE, tensors, tmp_path_factory.mktemp("quantizers"))
+    found = interpreted(QUANTIZE, tensors, tmp_path_factory.mktemp("quantizers"))
     return found | {key: value for key, value in tensors.items() if key.endswith(("/codes", "/grid"))}
 
 

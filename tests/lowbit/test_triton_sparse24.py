@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import interpret, needs_triton
 from lowbit import group4, sparse24
 from lowbit.sparse import nm_encode
 from safetensors.torch import load_file, save_file
-
-ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # name -> tokens, channels, rows, parts, of what
 CASES = {
@@ -90,10 +82,7 @@ def interpreted(tmp_path_factory):
     save_file(
         {f"{name}/{key}": value.clone() for name in CASES for key, value in problem(name)[0].items()}, folder / "in"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
-    child = [sys.executable, "-c", CHILD, str(folder / "in"), str(folder / "out")]
-    done = subprocess.run(child, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    interpret(CHILD, folder, "in", "out")
     return load_file(folder / "out")
 
 
