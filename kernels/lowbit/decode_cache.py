@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lowbit.cache import PackedCache, PackedCacheLayer, Space
+from lowbit.cache import PackedCache, PackedCacheLayer
+from lowbit.cache_space import Space
 from lowbit.spared import Spared
 
 SLACK = 8  # bytes past the end that may be read with the last codes

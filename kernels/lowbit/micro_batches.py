@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from lowbit.cache import PackedCache, PackedCacheLayer, Rotation
+from lowbit.cache import PackedCache, PackedCacheLayer
+from lowbit.cache_space import Rotation
 from lowbit.kv_planar import PlanarKV
 from lowbit.planar_cache import PlanarCacheLayer
 from lowbit.sinks import of_sequences

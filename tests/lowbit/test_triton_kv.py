@@ -10,7 +10,8 @@ import torch
 from interpreter import interpret, needs_triton
 from lowbit import kv_planar
 from lowbit.attention import lowbit_attention
-from lowbit.cache import KVGrid, PackedCacheLayer, Rotation
+from lowbit.cache import KVGrid, PackedCacheLayer
+from lowbit.cache_space import Rotation
 from lowbit.packing import unpack
 from lowbit.spared import Spared
 from safetensors.torch import load_file, save_file
