@@ -363,9 +363,8 @@ void attend_one(Worker &w, const DecodeBlock &block) {
     const DecodeStep &step = w.step;
     const long D = step.width, H = step.kv_heads, S = step.held + 1, wide = step.heads / H * D, row = step.heads / H * S;
     const long pieces = (S + DECODE_TOKENS - 1) / DECODE_TOKENS, parts = (D + DECODE_CHANNELS - 1) / DECODE_CHANNELS;
-    // Heads before tokens: how these are rotated is then in the cache.
     each(w, step.B * H * pieces, [&](long item) {
-        const long task = item % (step.B * H), from = item / (step.B * H) * DECODE_TOKENS, to = from + DECODE_TOKENS;
+        const long task = item / pieces, from = item % pieces * DECODE_TOKENS, to = from + DECODE_TOKENS;
         std::memcpy(w.mine.query, w.shared.q + task * wide, wide * sizeof(float));
         std::memcpy(w.mine.key, w.shared.k + task * D, D * sizeof(float));
         std::memcpy(w.mine.value, w.shared.v + task * D, D * sizeof(float));

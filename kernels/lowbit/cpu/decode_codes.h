@@ -1,22 +1,8 @@
 // Attention of one token over cached codes, which are decoded in registers, for several query heads at once; decode_math.h includes it.
-#include <type_traits>
 
 namespace {
 
 constexpr long EIGHT = 8 / WIDTH;  // vectors of eight codes
-
-template <int N>
-using Number = std::integral_constant<int, N>;
-
-template <class Use>
-void with_bits(long bits, Use use) {
-    switch (bits) {
-        case 2: return use(Number<2>());
-        case 3: return use(Number<3>());
-        case 4: return use(Number<4>());
-        default: return use(Number<8>());
-    }
-}
 
 // use(how many, from which on) for up to four query heads at a time.
 template <class Use>

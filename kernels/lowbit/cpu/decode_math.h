@@ -2,6 +2,7 @@
 // and `add_across`, the sums of four vectors' entries.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "decode.h"
 
@@ -155,13 +156,22 @@ void decode_rows(const std::uint8_t *codes, long bytes, const float *scale, cons
     }
 }
 
-void decode(long bits, const std::uint8_t *codes, long bytes, const float *scale, const float *zero, long rows, long n, float *x) {
+template <int N>
+using Number = std::integral_constant<int, N>;
+
+// use(how many) bits, as a constant.
+template <class Use>
+void with_bits(long bits, Use use) {
     switch (bits) {
-        case 2: return decode_rows<2>(codes, bytes, scale, zero, rows, n, x);
-        case 3: return decode_rows<3>(codes, bytes, scale, zero, rows, n, x);
-        case 4: return decode_rows<4>(codes, bytes, scale, zero, rows, n, x);
-        default: return decode_rows<8>(codes, bytes, scale, zero, rows, n, x);
+        case 2: return use(Number<2>());
+        case 3: return use(Number<3>());
+        case 4: return use(Number<4>());
+        default: return use(Number<8>());
     }
+}
+
+void decode(long bits, const std::uint8_t *codes, long bytes, const float *scale, const float *zero, long rows, long n, float *x) {
+    with_bits(bits, [&](auto known) { decode_rows<known>(codes, bytes, scale, zero, rows, n, x); });
 }
 
 // One head's part of a cache: where its tokens begin, and how many bytes each takes.
@@ -208,16 +218,23 @@ void append_token(const DecodeHeads &h) {
     }
 }
 
+// use(i, place) for the sequence's tokens of [from, from + n) that are held in full precision: the i-th such column, `place` behind `from`.
+template <class Use>
+void each_spared(const DecodeHeads &h, long from, long n, Use use) {
+    const DecodeCache &cache = h.block->cache;
+    for (long i = 0; i < cache.spared; ++i) {
+        const long place = cache.spared_at[i] - from;
+        if (place >= 0 && place < n && cache.spared_rows[h.b * cache.spared + i]) use(i, place);
+    }
+}
+
 // Puts what rows hold in full precision over the run's tokens [from, from + n), `width` channels from `channel` on.
 void restore(const DecodeHeads &h, const float *spared, long from, long n, long channel, long width) {
     const DecodeCache &cache = h.block->cache;
-    const long D = h.step->width;
-    for (long i = 0; i < cache.spared; ++i) {
-        const long at = cache.spared_at[i] - from;
-        if (at < 0 || at >= n || !cache.spared_rows[h.b * cache.spared + i]) continue;
-        const float *kept = spared + ((h.b * h.step->kv_heads + h.head) * cache.spared + i) * D + channel;
-        std::memcpy(h.run + at * width, kept, width * sizeof(float));
-    }
+    each_spared(h, from, n, [&](long i, long place) {
+        const float *kept = spared + ((h.b * h.step->kv_heads + h.head) * cache.spared + i) * h.step->width + channel;
+        std::memcpy(h.run + place * width, kept, width * sizeof(float));
+    });
 }
 
 // Some tokens of a cache: row j begins at start + j * stride.
@@ -324,13 +341,9 @@ void softmax(const float *mask, long levels, long n, float *scores) {
 
 // Whether tokens [from, from + n) are codes, all of them.
 bool only_codes(const DecodeHeads &h, long from, long n) {
-    const DecodeCache &cache = h.block->cache;
-    bool some = false;
-    for (long i = 0; i < cache.spared; ++i) {
-        const long at = cache.spared_at[i] - from;
-        some |= at >= 0 && at < n && cache.spared_rows[h.b * cache.spared + i];
-    }
-    return cache.bits != 16 && !some;
+    bool only = h.block->cache.bits != 16;
+    each_spared(h, from, n, [&](long, long) { only = false; });
+    return only;
 }
 
 }  // namespace
