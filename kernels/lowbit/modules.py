@@ -377,21 +377,22 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., C] -> [..., R], same dtype."""
+        y = self._product(x)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """What `forward` returns before it is rounded."""
         if isinstance(x, Coded):
             if self._multiplies_codes(x):
-                y = integer.product_of_codes(x, self.planar, self.bias)
-                return y if self.output_quantizer is None else self.output_quantizer(y)
+                return integer.product_of_codes(x, self.planar, self.bias)
             x = x.made()
         quantizer = self._quantizer()
         if self.planar is not None and integer.runs(x, self.planar, quantizer):
-            y = integer.product(self._turned(x), self.planar, self.bias, quantizer)
-            return y if self.output_quantizer is None else self.output_quantizer(y)
+            return integer.product(self._turned(x), self.planar, self.bias, quantizer)
         x = self.multiplied(x)
         if self._skips_zeros_of(x):
-            y = sparse_linear(x, self.tiles, None if self.bias is None else self.bias.to(x.dtype))
-        else:
-            y = operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+            return sparse_linear(x, self.tiles, None if self.bias is None else self.bias.to(x.dtype))
+        return operation("linear", x.device.type)(x, self.dequantized_weight(), self.bias)
 
     def _apply(self, fn, recurse=True):
         """`to` and its like: the layout for the kernels, which is no buffer, goes where the weight goes, in its own dtypes."""

@@ -176,3 +176,9 @@ def check_clusters(x: Tensor, bits: Tensor, sizes: Tensor) -> Tensor:
     if bits.numel() and not (bits.min() >= 2 and bits.max() <= 8):
         raise ValueError(f"activation bits {bits.tolist()}: integer kernels take 2 to 8")
     return tile_owners(sizes, x.shape[1])
+
+
+def check_terms(terms: int, rows: int) -> None:
+    """ValueError unless so many rows can be the codes of numbers that are sums of `terms` codes each."""
+    if terms not in (1, 2) or rows % terms:
+        raise ValueError(f"{terms} terms of {rows} rows; give 1, or 2 of an even number of rows")

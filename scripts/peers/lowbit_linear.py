@@ -38,7 +38,7 @@ def laid_out(W, bits, group, symmetric):
     sizes = torch.full((W.shape[1] // group,), group)
     # Scales are stored in 16 bits.
     scale = scale.half().float()
-    return planar_weight(pack(codes, bits), scale, pack(zero, bits), sizes, bits=bits, channels=W.shape[1])
+    return planar_weight(pack(codes, bits), scale, pack(zero, bits), sizes, bits=bits, channels=W.shape[1]).ready()
 
 
 def read_bytes(weight):
@@ -48,7 +48,6 @@ def read_bytes(weight):
 
 def by_tiles(weight):
     """8-bit activations, a grid for each token and 64 channels."""
-    _ = weight.tables  # made now
 
     def make(x):
         x, tiles = torch.from_numpy(x), weight.channels // TILE
@@ -60,7 +59,6 @@ def by_tiles(weight):
 
 def by_token(weight):
     """8-bit activations, a grid for each token."""
-    _ = weight.tables
 
     def make(x):
         x = torch.from_numpy(x)

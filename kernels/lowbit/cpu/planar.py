@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.cpu import native
 from lowbit.planar import EXACT, TILE, PlanarWeight, all_tiles
-from lowbit.planar_reference import Quantized, check_clusters
+from lowbit.planar_reference import Quantized, check_clusters, check_terms
 
 CLUSTERS_DO_NOT_FIT = 3
 FLOAT = torch.float32
@@ -90,8 +90,7 @@ def planar_linear(
         MemoryError: no scratch memory.
     """
     T, G, R = a.shape[0] if a.dim() else 0, weight.tiles, weight.rows
-    if terms not in (1, 2) or T % terms:
-        raise ValueError(f"{terms} terms of {T} rows; give 1, or 2 of an even number of rows")
+    check_terms(terms, T)
     _check("a", a, torch.int8, (T, G * TILE))
     shared = T != 1 and step.shape[:1] == (1,)
     _check("step", step, FLOAT, (1 if shared else T, G))

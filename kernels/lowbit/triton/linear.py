@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.planar import TILE, PlanarWeight
-from lowbit.planar_reference import Quantized, repeat_tiles
+from lowbit.planar_reference import Quantized, check_terms, repeat_tiles
 from lowbit.triton import planar_linear as linear
 from lowbit.triton import quantize
 
@@ -94,8 +94,7 @@ def planar_linear(
         ValueError: tensors of other shapes or dtypes than the reference takes, or on several devices.
     """
     T, G = a.shape[0], weight.tiles
-    if terms not in (1, 2) or T % terms:
-        raise ValueError(f"{terms} terms of {T} rows; give 1, or 2 of an even number of rows")
+    check_terms(terms, T)
     device = weight.scale.device
     steps: set[tuple[int, ...]] = {(T, G), (1, G)}
     _check("a", a, device, torch.int8, {(T, G * TILE)})

@@ -43,6 +43,23 @@ def _brief(v):
 
 
 @triton.jit
+def _own_grid(low, high, top, BRIEF: tl.constexpr):
+    """Scale and zero point of numbers from low to high, top the largest code: [tiles] each. BRIEF: hold the scale as bfloat16."""
+    s = tl.maximum(tl.div_rn(high - low, top), TINY)
+    if BRIEF:
+        s = _brief(s)
+    return s, _rounded(tl.div_rn(-low, s))
+
+
+@triton.jit
+def _codes_of(value, s, z, top, offset, kept):
+    """Codes less `offset` of value [tiles, 64] on the grids [tiles]; 0 where not kept."""
+    codes = _rounded(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape))) + z[:, None]
+    codes = tl.minimum(tl.maximum(codes, 0.0), top[:, None]) - offset[:, None]
+    return tl.where(kept, codes, 0.0)
+
+
+@triton.jit
 def _normalized(x, inside, weight, bias, source, C, eps, NORM: tl.constexpr, dtype: tl.constexpr):
     """x [tiles, 64] float32, 0 outside; rounded to `dtype` where the modules round."""
     if NORM == 1:
@@ -105,8 +122,7 @@ def quantize_kernel(
     top = ((1 << b) - 1).to(tl.float32)
     if scale is None:
         low, high = tl.minimum(tl.min(value, axis=1), 0.0), tl.maximum(tl.max(value, axis=1), 0.0)
-        s = _brief(tl.maximum(tl.div_rn(high - low, top), TINY))
-        z = _rounded(tl.div_rn(-low, s))
+        s, z = _own_grid(low, high, top, True)
         offset = tl.where(b == 8, 128.0, z)
         # Comparisons pass over NaN, so it is looked for by itself.
         broken = (tl.sum((value - value != 0.0).to(tl.int32), axis=1) > 0) | (s - s != 0.0)
@@ -116,9 +132,7 @@ def quantize_kernel(
         offset = (1 << (b - 1)).to(tl.float32)
         broken = tl.sum((value != value).to(tl.int32), axis=1) > 0
         fine = value == value
-    codes = _rounded(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape))) + z[:, None]
-    codes = tl.minimum(tl.maximum(codes, 0.0), top[:, None]) - offset[:, None]
-    codes = tl.where(inside & fine, codes, 0.0)
+    codes = _codes_of(value, s, z, top, offset, inside & fine)
     tl.store(a + token * (G * 64) + channel, codes.to(tl.int8), mask=channel < G * 64)
     s = tl.where(broken, float("nan"), tl.where(there, s, 1.0))
     at = tile * grid_stride + token
@@ -180,10 +194,7 @@ def clusters_kernel(
 
     b = tl.load(bits + cluster + every).to(tl.int32)
     top = ((1 << b) - 1).to(tl.float32)
-    s = tl.maximum(tl.div_rn(high - low, top), TINY)
-    if BRIEF:
-        s = _brief(s)
-    z = _rounded(tl.div_rn(-low, s))
+    s, z = _own_grid(low, high, top, BRIEF)
     offset = tl.where(b == 8, 128.0, z)
     broken = broken | (s - s != 0.0)
     known = tl.where(broken, float("nan"), s)
@@ -192,9 +203,7 @@ def clusters_kernel(
         channel, tile = g * 64 + within, g + tl.arange(0, TILES)
         inside = channel < tl.minimum(last * 64, C)
         value = tl.load(x + token * x_stride + channel, mask=inside, other=0.0).to(tl.float32)
-        codes = _rounded(tl.div_rn(value, tl.broadcast_to(s[:, None], value.shape))) + z[:, None]
-        codes = tl.minimum(tl.maximum(codes, 0.0), top[:, None]) - offset[:, None]
-        codes = tl.where(inside & ~broken[:, None], codes, 0.0)
+        codes = _codes_of(value, s, z, top, offset, inside & ~broken[:, None])
         tl.store(a + token * tiles * 64 + channel, codes.to(tl.int8), mask=channel < written * 64)
         at, there, mine = tile * grid_stride + token, tile < last, tile < written
         tl.store(step + at, tl.where(there, known, 1.0), mask=mine)
