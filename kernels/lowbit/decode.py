@@ -7,6 +7,7 @@ cannot take is run by the modules on the same cache.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from ctypes import Array
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lowbit.cache import PackedCacheLayer
 from lowbit.cpu import decode as cpu
 from lowbit.cpu import native
-from lowbit.decode_blocks import ACTIVATIONS, block_of, most_sinks
+from lowbit.decode_blocks import ACTIVATIONS, block_of, end_of, most_sinks
 from lowbit.decode_cache import Room, spare, start, unless_it_fails
 from lowbit.decode_cache import obstacle as cache_obstacle
 from lowbit.integer import FEW_TOKENS
-from lowbit.modules import ActivationQuantizer
-from lowbit.sinks import leading, none_among, sink_rows
+from lowbit.modules import ActivationQuantizer, Linear
+from lowbit.sinks import leading, sink_rows
 
 PREFILL_TOKENS = (
     1024  # of all sequences together, that go through a block at a time: what is held between phases grows with them
@@ -81,6 +82,7 @@ class Decoder:
         self._keep: list[Tensor] = []
         self._blocks = (cpu.Block * len(blocks))()
         self._channels = blocks[0].get_submodule(roles.qkv[0]).in_features
+        self._end: cpu.End | None = None
         self._seats: weakref.WeakKeyDictionary[Cache, Seat] = weakref.WeakKeyDictionary()
         self._read(blocks)
 
@@ -90,6 +92,15 @@ class Decoder:
                 self._blocks[i] = block_of(block, self.roles, self.shape, self._keep)
             except ValueError as error:
                 raise ValueError(f"block {self.layers[i]}: {error}") from None
+
+    def end_with(self, norm: nn.Module, head: Linear) -> None:
+        """Let `step_on` make logits by `norm`, which comes after the blocks, and `head` after it.
+
+        Raises:
+            ValueError: why these cannot run natively.
+        """
+        self._end = end_of(norm, self.roles.norm, head, self._keep)
+        self._seats.clear()  # whose memory is for less
 
     def obstacle(
         self, hidden: Tensor, cache: Cache, turn: Turn | None = None, mask: Tensor | None = None
@@ -184,16 +195,28 @@ class Decoder:
         """One token y [B, 1, C] of each sequence through the blocks, in place."""
         return self._append(self._seat(cache, 1, turn), y, turn, mask, path)
 
-    def _append(self, seat: Seat, y: Tensor, turn: Turn | None, mask: Tensor | None, path: str) -> Tensor:
-        """As `_advance`, to the cache that the seat is of."""
+    def _append(
+        self,
+        seat: Seat,
+        y: Tensor,
+        turn: Turn | None,
+        mask: Tensor | None,
+        path: str,
+        *,
+        logits: Tensor | None = None,
+    ) -> Tensor:
+        """As `_advance`, to the cache that the seat is of. logits: as for `step_on`."""
         keep: list[Tensor] = []
         _aim(seat.step, seat.room.space.tokens, y, turn, mask, keep)
+        seat.step.end, seat.step.logits = None if logits is None else self._ends(), cpu.address(logits, keep)
         self._pass([seat.step], path, memory=seat.memory)
         seat.room.show(seat.room.space.tokens + 1)
         return y
 
     def seat_for_one(self, cache: Cache, ids: Tensor) -> Seat | None:
-        """What `step_on` takes, if the next token of each sequence, ids [B, 1], none of them a sink, may come now; else None.
+        """What `step_on` takes, if the next token of each sequence, ids [B, 1], may come now and, where no token is masked, none is a sink.
+
+        None if not.
 
         A cache has none until `step` has met it.
         """
@@ -204,22 +227,25 @@ class Decoder:
         fits = room.space.held.shape[2] == len(ids) and 0 < room.space.tokens < room.capacity
         if not fits or len(ids) > FEW_TOKENS and self._unrounded():
             return None
-        return seat if not self.sinks or none_among(len(ids), 1) else None
+        return seat if room.space.tokens >= self.sinks else None
 
-    def step_on(self, cache: Cache, seat: Seat, hidden: Tensor, turn: Turn | None) -> Tensor:
+    def step_on(
+        self, cache: Cache, seat: Seat, hidden: Tensor, turn: Turn | None, *, logits: Tensor | None = None
+    ) -> Tensor:
         """`step` without a mask, on the cache that the seat is for. Nothing else may have run since the seat was asked for.
 
         Args:
             hidden: float32 [B, 1, C] on the CPU.
             turn: cosines and sines of one of the halves, float32 [B or 1, 1, R/2] each, no more rows than the room's; None without rotary.
+            logits: contiguous float32 [B, vocabulary], which are written if the decoder has an end (`end_with`).
         """
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         if seat.room.rotation is not None:
             seat.room.turn(*turn)
         if seat.room.lazy:  # the last thing it does shows the token, and nothing else of the cache changes
-            return self._append(seat, hidden, turn, None, "fastest")
+            return self._append(seat, hidden, turn, None, "fastest", logits=logits)
         with unless_it_fails(cache, self.layers):
-            return self._append(seat, hidden, turn, None, "fastest")
+            return self._append(seat, hidden, turn, None, "fastest", logits=logits)
 
     def _prefill(
         self, cache: Cache, y: Tensor, sinks: int, turn: Turn | None, mask: Tensor | None, path: str
@@ -239,7 +265,7 @@ class Decoder:
         for begin, end in zip(starts, [*starts[1:], tokens]):
             apart = spared is not None and begin < sinks
             step = cpu.Step.from_buffer_copy(spared[0] if apart else seat.step)
-            step.tokens, step.spared = end - begin, begin < sinks
+            step.tokens, step.spared, step.end = end - begin, begin < sinks, None
             parts.append(y[:, begin:end].clone(memory_format=torch.contiguous_format))
             some = None if turn is None else _between(turn, begin, end)
             seen = None if mask is None else mask[:, begin:end, : held + end]
@@ -277,7 +303,16 @@ class Decoder:
         step, blocks = self._empty_step(room.layers, room.space.held, keep)
         step.all_cos, step.all_sin = cpu.address(room.space.cos, keep), cpu.address(room.space.sin, keep)
         step.turns_stride = 0 if room.rows == 1 else room.capacity * step.half
+        step.end = self._ends()
         return Seat(room, step, cpu.scratch(step), torch.get_num_threads(), blocks, keep)
+
+    def makes_logits(self, batch: int) -> bool:
+        """Whether `step_on` makes logits of so many sequences: there is an end, and it is for few if its input has no grid."""
+        return self._end is not None and (batch <= FEW_TOKENS or not self._end.head.exact)
+
+    def _ends(self):
+        """A pointer to what makes logits; None if nothing does."""
+        return None if self._end is None else ctypes.pointer(self._end)
 
     def _empty_step(self, layers: list, held: Tensor, keep: list[Tensor]) -> tuple[cpu.Step, Array]:
         """A step of one token a sequence, and its blocks, that writes to held [layers, 2, B, H, capacity, bytes or D]."""

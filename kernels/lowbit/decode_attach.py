@@ -57,8 +57,8 @@ def attach(model: nn.Module, path: str, decoder: Decoder) -> list[RemovableHandl
     def after(module: nn.Module, *_) -> None:
         module._modules[name] = blocks
 
-    return [
+    handles = [
         owner.register_forward_pre_hook(before, with_kwargs=True),
         owner.register_forward_hook(after, always_call=True),
-        *attach_plain(owner, decoder),
     ]
+    return [*handles, *attach_plain(model, owner, decoder)]

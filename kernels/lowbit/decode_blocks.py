@@ -39,6 +39,18 @@ def block_of(module: nn.Module, roles, shape, keep: list[Tensor]) -> cpu.Block:
     return block
 
 
+def end_of(norm: nn.Module, kind: str, head: Linear, keep: list[Tensor]) -> cpu.End:
+    """The structure of a model's last norm, which computes `kind` (`lowbit.reference.NORMS`), and its output head; `keep` as above.
+
+    Raises:
+        ValueError: why these cannot run natively.
+    """
+    norm = norm if isinstance(norm, Norm) else Norm.full_precision(norm, kind)
+    if norm.channels != getattr(head, "in_features", None):
+        raise ValueError(f"the output head, {head}, does not take the {norm.channels} channels of the last norm")
+    return cpu.End(norm=_norm(norm, keep), head=_site_of(("the output head",), [head], norm, keep))
+
+
 def _check_widths(module: nn.Module, roles, shape, norms: list[Norm]) -> None:
     """Channels in and out must be those that the native step takes for granted."""
     C, wide, narrow = norms[0].channels, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -78,7 +90,10 @@ def _norm(norm: Norm, keep: list[Tensor]) -> cpu.Norm:
 
 
 def _site(module: nn.Module, paths: tuple[str, ...], norm: Norm | None, keep: list[Tensor]) -> cpu.Site:
-    linears = [module.get_submodule(path) for path in paths]
+    return _site_of(paths, [module.get_submodule(path) for path in paths], norm, keep)
+
+
+def _site_of(paths: tuple[str, ...], linears: list[Linear], norm: Norm | None, keep: list[Tensor]) -> cpu.Site:
     for path, linear in zip(paths, linears):
         if not isinstance(linear, Linear) or linear.planar is None:
             raise ValueError(f"{path} is not laid out for integer kernels (lowbit.integer.take)")

@@ -2,11 +2,13 @@
 
 The model's own Python around the blocks finds out anew at every step that there is nothing to mask, and how the next position rotates,
 while the weights that stream by leave none of its code in the processor's caches. A plain step runs what is left of it: the embedding,
-one native pass and the last norm. Every other step is run by the model's own `forward`.
+one native pass and the last norm; or, where the output head runs on integer kernels too, one native pass up to the logits. Every other
+step is run by the model's own `forward`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from types import MethodType
 
@@ -14,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
-from lowbit.decode import CannotStep, Decoder, Turn
+from lowbit.decode import CannotStep, Decoder, Seat, Turn
+from lowbit.modules import Linear
 
 KNOWN = {
     *("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"),
@@ -36,24 +40,84 @@ class _Restore:
         vars(self.owner).pop("forward", None)
 
 
-def attach_plain(owner: nn.Module, decoder: Decoder) -> list[_Restore]:
-    """Let plain steps of `owner`, the module that owns the decoder's blocks, run without the rest of its forward.
+def attach_plain(model: nn.Module, owner: nn.Module, decoder: Decoder) -> list[_Restore]:
+    """Let plain steps run without the rest of the forward of `owner`, the module of `model` that owns the decoder's blocks, and of `model`.
 
     Returns:
-        a handle that undoes this; none if the module is of no known class, or has a forward of its own.
+        handles that undo this; none for modules that are of no known class, or have a forward of their own.
     """
-    start = STARTS.get(type(owner).__name__)
-    if start is None or "forward" in vars(owner):
+    make = STARTS.get(type(owner).__name__)
+    if make is None or "forward" in vars(owner):
         return []
-    forward, starts = type(owner).forward, start()
+    start = make()
+
+    def states(owner: nn.Module, kwargs: dict) -> BaseModelOutputWithPast | None:
+        begun = _begin(owner, decoder, start, kwargs)
+        if begun is None:
+            return None
+        cache, seat, hidden, turn = begun
+        return BaseModelOutputWithPast(start.end(owner, decoder.step_on(cache, seat, hidden, turn)), cache)
+
+    handles = [_attach(owner, states)]
+    path = BASES.get(type(model).__name__)
+    if path is None or model.get_submodule(path) is not owner or "forward" in vars(model):
+        return handles
+    try:
+        end = _End(model, path, decoder, start)
+    except ValueError:
+        return handles
+    return [*handles, _attach(model, end.logits)]
+
+
+def _attach(module: nn.Module, plain: Callable[[nn.Module, dict], ModelOutput | None]) -> _Restore:
+    """Let plain(module, arguments), to which the arguments belong, answer calls of the module's forward that it does not answer by None."""
+    forward = type(module).forward
 
     @wraps(forward)
     def plain_or_not(self, *args, **kwargs):
-        output = None if args else _plain(self, decoder, starts, kwargs)
+        output, clear = None, len(args) < (1 if "input_ids" in kwargs else 2)
+        if clear and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            try:
+                output = plain(self, {"input_ids": args[0], **kwargs} if args else dict(kwargs))
+            except CannotStep:
+                pass
         return forward(self, *args, **kwargs) if output is None else output
 
-    owner.forward = MethodType(plain_or_not, owner)  # type: ignore[method-assign]  # a copy of the model binds it to itself
-    return [_Restore(owner)]
+    module.forward = MethodType(plain_or_not, module)  # type: ignore[method-assign]  # a copy of the model binds it to itself
+    return _Restore(module)
+
+
+class _End:
+    """Logits by the native pass of `decoder`, for as long as norm and head are what they are now, and no new hook wants what is left out.
+
+    path: of the module that owns the blocks. Raises ValueError where norm or head cannot run natively.
+    """
+
+    def __init__(self, model: nn.Module, path: str, decoder: Decoder, start: _Rotated | _Learned):
+        self.decoder, self.start, self.path = decoder, start, path
+        owner, self.head = model.get_submodule(path), model.lm_head
+        self.norm, self.hooks = start.norm_of(owner), _hooks(owner)
+        if self.norm is None or not isinstance(self.head, Linear):
+            raise ValueError("other modules make logits than a norm and a packed head")
+        decoder.end_with(self.norm, self.head)
+        self.planar = self.head.planar
+
+    def logits(self, model: nn.Module, kwargs: dict) -> CausalLMOutputWithPast | None:
+        """What the model returns for a plain step; None if this is none. Takes out of `kwargs` what is the model's own."""
+        labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
+        if labels is not None or not isinstance(keep, int) or keep < 0:
+            return None
+        owner = model.get_submodule(self.path)
+        begun = _begin(owner, self.decoder, self.start, kwargs) if self._holds(model, owner) else None
+        if begun is None or not self.decoder.makes_logits(len(begun[2])):
+            return None
+        logits = torch.empty(len(begun[2]), 1, self.head.out_features)
+        self.decoder.step_on(*begun, logits=logits)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=begun[0])
+
+    def _holds(self, model: nn.Module, owner: nn.Module) -> bool:
+        ours = model.lm_head is self.head and self.head.planar is self.planar and self.start.norm_of(owner) is self.norm
+        return ours and not (_hooked(self.head) or _hooked(self.norm)) and _hooks(owner) == self.hooks
 
 
 def shows_inside(config, kwargs: dict) -> bool:
@@ -62,12 +126,12 @@ def shows_inside(config, kwargs: dict) -> bool:
     return any(getattr(config, name, False) if kwargs.get(name) is None else kwargs[name] for name in asked)
 
 
-def _plain(
+def _begin(
     owner: nn.Module, decoder: Decoder, start: _Rotated | _Learned, kwargs: dict
-) -> BaseModelOutputWithPast | None:
-    """What the module returns for a plain step; None if this is none."""
+) -> tuple[Cache, Seat, Tensor, Turn | None] | None:
+    """What `Decoder.step_on` takes, for a plain step of the module; None if this is none."""
     ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or owner.training or not kwargs.keys() <= KNOWN:
+    if owner.training or not kwargs.keys() <= KNOWN:
         return None
     if ids is None or kwargs.get("inputs_embeds") is not None or ids.ndim != 2 or ids.shape[1] != 1 or not ids.is_cpu:
         return None
@@ -81,12 +145,7 @@ def _plain(
     if seat.room.rotation is not None and len(positions) > seat.room.rows:
         return None
     begun = start(owner, ids, positions)
-    if begun is None:
-        return None
-    try:
-        return BaseModelOutputWithPast(start.end(owner, decoder.step_on(cache, seat, *begun)), cache)
-    except CannotStep:
-        return None
+    return None if begun is None else (cache, seat, *begun)
 
 
 def _returns_all(config, kwargs: dict) -> bool:
@@ -133,6 +192,10 @@ class _Rotated:
     def end(self, owner: nn.Module, hidden: Tensor) -> Tensor:
         return owner.norm(hidden)
 
+    def norm_of(self, owner: nn.Module) -> nn.Module | None:
+        """What alone makes the module's output of its blocks'; None if nothing or more does."""
+        return owner.norm
+
 
 class _Learned:
     """Begin and end of OPT, whose positions are embedded."""
@@ -147,9 +210,17 @@ class _Learned:
         hidden = hidden if owner.final_layer_norm is None else owner.final_layer_norm(hidden)
         return hidden if owner.project_out is None else owner.project_out(hidden)
 
+    def norm_of(self, owner: nn.Module) -> nn.Module | None:
+        """As above."""
+        return owner.final_layer_norm if owner.project_out is None else None
+
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _hooks(module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(module._forward_pre_hooks), tuple(module._forward_hooks)
 
 
 STARTS: dict[str, type[_Rotated] | type[_Learned]] = {
@@ -157,4 +228,8 @@ STARTS: dict[str, type[_Rotated] | type[_Learned]] = {
     "MistralModel": _Rotated,
     "Qwen2Model": _Rotated,
     "OPTDecoder": _Learned,
+}
+BASES = {
+    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"), "model"),
+    "OPTForCausalLM": "model.decoder",
 }

@@ -69,4 +69,5 @@ class StreamedDecoder(Decoder):
                     block.cache = step.block[i].cache
                     one = cpu.Step.from_buffer_copy(step)
                     one.blocks, one.block = 1, ctypes.pointer(block)
+                    one.end = step.end if i == len(self.layers) - 1 else None
                     cpu.run(one, cpu.scratch(one), path=path)

@@ -72,12 +72,6 @@ def of_sequences(rows: slice) -> Iterator[None]:
         announce(known)
 
 
-def none_among(batch: int, tokens: int) -> bool:
-    """Whether it was announced that none of [B, T] tokens is a sink."""
-    rows = _announced()
-    return rows is not None and rows.shape == (batch, tokens) and not rows.any()
-
-
 def sink_rows(x: Tensor) -> Tensor:
     """bool [..., 1]: the rows of x [..., C] that are sinks, in the order announced.
 

@@ -152,9 +152,24 @@ def kv_grid(block, roles, bits, shape, sinks):
 
 
 def model_of(
-    family, *, heads=2, kv_heads=2, mode="tile", kv=4, q=16, sinks=0, rotation=True, bits=4, softmax=16, fine=False
+    family,
+    *,
+    heads=2,
+    kv_heads=2,
+    mode="tile",
+    kv=4,
+    q=16,
+    sinks=0,
+    rotation=True,
+    bits=4,
+    softmax=16,
+    fine=False,
+    head=16,
 ):
-    """A tiny compressed model whose blocks run on integer kernels, on a packed cache below 16 bits; its roles and shape."""
+    """A tiny compressed model whose blocks run on integer kernels, on a packed cache below 16 bits; its roles and shape.
+
+    head: bits of the output head, which runs on integer kernels too if they are few.
+    """
     roles = ROLES[family]
     shape = Shape(heads, kv_heads, C // heads, C // heads if roles.rotary else 0, "silu" if roles.rotary else "relu")
     model = plain_model(family, heads, kv_heads, LOWBIT_ATTENTION if softmax < 16 else "eager")
@@ -162,6 +177,9 @@ def model_of(
     for block in blocks:
         compress(block, roles, bits, rotation, fine)
         block.self_attn.softmax_bits = softmax
+    if head < 16:
+        model.lm_head = packed(model.lm_head, head, 1)
+        assert integer.take([model.lm_head])
     seen = watch(model, blocks, (*roles.qkv, roles.output, *roles.up, roles.down))
     for i, block in enumerate(blocks):
         quantize(block, roles, {path: x for (at, path), x in seen.items() if at == i}, mode, (q, kv, kv), sinks)

@@ -1,4 +1,7 @@
-"""A plain step leaves out the model's own Python and changes no bit: of the logits, of the cache, of what the hooks see."""
+"""A plain step leaves out the model's own Python and changes no bit: of the logits, of the cache, of what the hooks see.
+
+Where the head is packed the last norm is the native pass's, whose sums are in another order.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import torch
 from lowbit.cpu import native as library
 from lowbit.decode import Decoder
 from lowbit.decode_plain import AT_ONCE
+from lowbit.integer import FEW_TOKENS
+from lowbit.modules import Linear
 from transformers import DynamicCache
 
 from .decoding import LAYERS, PATHS, VOCAB, model_of, native_steps, prompt
@@ -30,6 +35,7 @@ def run(model, family, decoder, steps, *, plain, batch=1, mask=None, positions=N
     with native_steps(model, family, decoder) as taken:
         if not plain:
             del owner_of(model, family).forward
+            vars(model).pop("forward", None)
         where = {} if mask is None else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         cache = model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **where).past_key_values
         taken.clear()
@@ -245,3 +251,117 @@ def test_a_copy_of_the_model_embeds_by_its_own_table():
         other.model.embed_tokens.weight.data.neg_()
         states = [m(NEXT, past_key_values=started(m, "llama"), use_cache=True).logits for m in (model, other)]
     assert not torch.equal(*states)
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """How many times the head's module has multiplied."""
+    seen, product = [], Linear._product
+
+    def counted(self, x):
+        seen.extend([1] if self.out_features == VOCAB else [])
+        return product(self, x)
+
+    monkeypatch.setattr(Linear, "_product", counted)
+    return seen
+
+
+def check_near(found, expected):
+    """The same caches; logits but for the last norm's sums and, of a few numbers, the last of their 16 bits."""
+    check_same((expected[0], found[1]), expected)
+    assert torch.allclose(found[0], expected[0], rtol=0, atol=2.0**-14 * float(expected[0].abs().max()))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_packed_head_multiplies_in_the_native_pass(family, case, bits, heads):
+    model, *parts = model_of(family, head=bits, sinks=1)
+    settings, ways = CASES[case]
+    if case == "a position each" and family != "opt":
+        ways = "spppp"
+    expected = run(model, family, Decoder(*parts), 5, plain=False, **settings)
+    heads.clear()
+    found = run(model, family, Decoder(*parts), 5, plain=True, **settings)
+    check_near(found, expected)
+    assert found[2] == [{"p": "step_on", "s": "step"}[way] for way in ways]
+    assert len(heads) == 1 + ways.count("s")  # the prompt, and the steps that are not plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_threads_change_no_logit(family):
+    model, *parts = model_of(family, head=8)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(model, family, Decoder(*parts), 3, plain=True)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@torch.no_grad()
+def test_whoever_looks_at_the_head_or_what_is_before_it_sees_it(heads):
+    model, *parts = model_of("llama", head=8)
+    decoder, seen = Decoder(*parts), []
+    with native_steps(model, "llama", decoder) as taken:
+        cache = started(model, "llama")
+
+        def native():
+            heads.clear()
+            model(NEXT, past_key_values=cache, use_cache=True)
+            return not heads and taken[-1] == "step_on"
+
+        assert native()
+        for module in (model.lm_head, model.model.norm, model.model):
+            handle = module.register_forward_hook(lambda *_: seen.append(1))
+            assert not native()
+            handle.remove()
+            assert native()
+        head, norm = model.lm_head, model.model.norm
+        model.lm_head = copy.deepcopy(head)
+        assert not native()
+        model.lm_head, model.model.norm = head, copy.deepcopy(norm)
+        assert not native()
+        model.model.norm = norm
+        assert native()
+    assert len(seen) == 3
+
+
+@torch.no_grad()
+def test_calls_of_the_whole_model_that_are_not_plain_are_its_own(heads):
+    model, *parts = model_of("llama", head=8)
+    with native_steps(model, "llama", Decoder(*parts)):
+        cache = started(model, "llama")
+
+        def call(*args, **more):
+            heads.clear()
+            out = model(*args, **{"past_key_values": cache, "use_cache": True, **more})
+            return out, not heads
+
+        assert call(NEXT)[1] and call(input_ids=NEXT)[1] and call(NEXT, logits_to_keep=1)[1]
+        out, native = call(NEXT, labels=NEXT)
+        assert out.loss is not None and not native
+        assert not call(NEXT, logits_to_keep=torch.tensor([0]))[1]
+        given, native = call(NEXT, return_dict=False)
+        assert isinstance(given, tuple) and not native
+        with pytest.raises(TypeError, match="input_ids"):
+            call(NEXT, input_ids=NEXT)
+        call(NEXT)
+        with torch.enable_grad():
+            assert not call(NEXT)[1]
+
+
+@torch.no_grad()
+def test_a_large_batch_is_multiplied_by_the_heads_module(heads):
+    model, *parts = model_of("llama", head=8)
+    with native_steps(model, "llama", Decoder(*parts)) as taken:
+        for batch, native in ((FEW_TOKENS, True), (FEW_TOKENS + 1, False)):
+            tokens = torch.randint(2, VOCAB, (batch, 5))
+            cache = model(tokens, past_key_values=DynamicCache(), use_cache=True).past_key_values
+            heads.clear()
+            assert model(tokens[:, :1], past_key_values=cache, use_cache=True).logits.shape == (batch, 1, VOCAB)
+            assert taken[-1] == "step_on" and (not heads) == native

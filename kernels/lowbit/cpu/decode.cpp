@@ -1,12 +1,12 @@
 // Some tokens of each sequence through consecutive decoder blocks, in one parallel region without allocations.
 //
 // A block is ten phases, each of which begins when all of the one before is done: round what enters q, k and v; their rows; attention's
-// scores; its values; round; the output projection; round; the gate's and up's rows; round; down's rows. Tokens are rounded whole, and
-// multiplied PLANAR_TOKENS at a time by PLANAR_ROWS rows. One token a sequence is scored in parts of DECODE_TOKENS and mixed in parts of
-// DECODE_CHANNELS of a sequence and KV head; where there are more, the two phases are their keys and values, and then panels of tokens. Who
-// does a part changes no sum, so that results do not depend on the number of threads.
-#include "decode.h"
-
+// scores; its values; round; the output projection; round; the gate's and up's rows; round; down's rows. Two more after the last block
+// make logits, where they are asked for: round, and the head's rows. Tokens are rounded whole, and multiplied PLANAR_TOKENS at a time by
+// PLANAR_ROWS rows. One token a sequence is scored in parts of DECODE_TOKENS and mixed in parts of DECODE_CHANNELS of a sequence and KV
+// head; where there are more, the two phases are their keys and values, and then panels of tokens. Who does a part changes no sum, so
+// that results do not depend on the number of threads.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -16,6 +16,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+#include "decode.h"
+#include "decode_ahead.h"
 
 namespace {
 
@@ -33,9 +36,10 @@ struct alignas(64) Counter {
     std::atomic<long> n;
 };
 
-void wait(const Counter &done, long items) {
-    constexpr int SPINS = 2000;  // phases take microseconds; beyond, others may want the core
+void wait(const Counter &done, long items, Ahead &ahead) {
+    constexpr int SPINS = 2000, LINES = 4;  // phases take microseconds; beyond, others may want the core
     for (int spins = 0; done.n.load(std::memory_order_acquire) < items; ++spins) {
+        for (int i = 0; i < LINES; ++i) ahead.fetch();
         if (spins > SPINS) std::this_thread::yield();
 #ifdef LOWBIT_X86
         else __builtin_ia32_pause();
@@ -43,7 +47,10 @@ void wait(const Counter &done, long items) {
     }
 }
 
-constexpr long PHASES = 10, CLAIMS = 4;  // phases of a block; claims that a thread should find in its run
+constexpr long PHASES = 10, LAST_PHASES = 2;  // of a block; of what makes logits
+constexpr long CLAIMS = 4, CLAIMED = 32;      // claims that a thread should find in its run; items of one at most
+
+long phases_of(const DecodeStep &step) { return PHASES * step.blocks + (step.end ? LAST_PHASES : 0); }
 
 // Hands out memory, or only counts it where there is none.
 struct Arena {
@@ -57,8 +64,6 @@ struct Arena {
         return place;
     }
 };
-
-constexpr int LINEARS = 3;
 
 struct Own {  // one thread's
     float *x, *spare;                           // [widest] each
@@ -106,6 +111,7 @@ Extent extent_of(const DecodeStep &step) {
         for (const DecodeSite *site : {&block->qkv, &block->output, &block->up, &block->down}) all.cover(step, *site);
         all.inner = block->down.channels > all.inner ? block->down.channels : all.inner;
     }
+    if (step.end) all.cover(step, step.end->head);
     return all;
 }
 
@@ -179,6 +185,7 @@ struct Worker {
     Own mine;
     long team, thread;
     Counter *phase;  // the next one's
+    Ahead ahead;
 };
 
 // use(i) for all items below `items`, by whichever thread; returns when all are done.
@@ -188,7 +195,7 @@ void each(Worker &w, long items, Use use) {
     w.phase += w.team + 1;
     for (long i = 0; i < w.team; ++i) {
         const long run = (w.thread + i) % w.team, start = items * run / w.team, end = items * (run + 1) / w.team;
-        const long share = (end - start) / CLAIMS, some = w.team == 1 ? end : share > 1 ? share : 1;
+        const long some = w.team == 1 ? items : std::clamp((end - start) / CLAIMS, 1L, CLAIMED);
         for (;;) {
             const long from = start + phase[run].n.fetch_add(some, std::memory_order_relaxed);
             if (from >= end) break;
@@ -197,7 +204,7 @@ void each(Worker &w, long items, Use use) {
             done.n.fetch_add(to - from, std::memory_order_acq_rel);
         }
     }
-    wait(done, items);
+    wait(done, items, w.ahead);
 }
 
 // Tokens that are multiplied together: `n` from token `from` on.
@@ -286,8 +293,6 @@ float on_grid(const DecodeLinear &linear, long row, float y) {
     return ((q < 0 ? 0 : q > top ? top : q) - z) * s;
 }
 
-long blocks_of(const DecodeLinear &linear) { return (linear.weight.R + PLANAR_ROWS - 1) / PLANAR_ROWS; }
-
 // Rows of the site's linear i from block `block` on, bias and output grids and all: y [tokens of the batch, PLANAR_ROWS]. Returns how many.
 long rows_of(const Worker &w, const DecodeSite &site, int i, const Batch &batch, long block, float *y) {
     const DecodeLinear &linear = site.linears[i];
@@ -313,13 +318,14 @@ void each_product(Worker &w, long blocks, Use use) {
     each(w, batches_of(w.step) * blocks, [&](long item) { use(batch_of(w.step, item / blocks), item % blocks); });
 }
 
-void project(Worker &w, const DecodeSite &site) {
-    float *to[LINEARS] = {w.shared.q, w.shared.k, w.shared.v}, *y = w.mine.rows;
-    long ends[LINEARS], all = 0;
-    for (int i = 0; i < LINEARS; ++i) ends[i] = all += blocks_of(site.linears[i]);
+// The rows of the site's linears, one linear after another, each to a place of its own.
+void project(Worker &w, const DecodeSite &site, float *const *to) {
+    float *y = w.mine.rows;
+    long all = 0;
+    for (long i = 0; i < site.count; ++i) all += blocks_of(site.linears[i]);
     each_product(w, all, [&](const Batch &batch, long block) {
-        const int i = block < ends[0] ? 0 : block < ends[1] ? 1 : 2;
-        if (i) block -= ends[i - 1];
+        int i = 0;
+        for (; block >= blocks_of(site.linears[i]); ++i) block -= blocks_of(site.linears[i]);
         const long rows = rows_of(w, site, i, batch, block, y), R = site.linears[i].weight.R;
         for (long t = 0; t < batch.n; ++t)
             std::memcpy(to[i] + (batch.from + t) * R + block * PLANAR_ROWS, y + t * PLANAR_ROWS, rows * sizeof(float));
@@ -398,17 +404,28 @@ void attend_all(Worker &w, const DecodeBlock &block) {
     });
 }
 
-void run_block(Worker &w, const DecodeBlock &block) {
+void run_block(Worker &w, long i) {
+    const DecodeBlock &block = w.step.block[i];
+    float *const to[LINEARS] = {w.shared.q, w.shared.k, w.shared.v};
     round_normed(w, block.attention_norm, block.qkv);
-    project(w, block.qkv);
+    w.ahead.pass(SITES * i);
+    project(w, block.qkv, to);
     if (w.step.T == 1) attend_one(w, block);
     else attend_all(w, block);
     round_plain(w, w.shared.mixed, block.output);
+    w.ahead.pass(SITES * i + 1);
     add_to_hidden(w, block.output);
     round_normed(w, block.mlp_norm, block.up);
+    w.ahead.pass(SITES * i + 2);
     widen(w, block);
     round_plain(w, w.shared.inner, block.down);
+    w.ahead.pass(SITES * i + 3);
     add_to_hidden(w, block.down);
+}
+
+void make_logits(Worker &w) {
+    round_normed(w, w.step.end->norm, w.step.end->head);
+    project(w, w.step.end->head, &w.step.logits);
 }
 
 }  // namespace
@@ -417,13 +434,13 @@ void run_block(Worker &w, const DecodeBlock &block) {
 EXPORT long lowbit_decode_scratch(int threads, const DecodeStep *step) {
     Arena arena = {nullptr};
     const Extent most = extent_of(*step);
-    arena.take<Counter>(PHASES * step->blocks * (threads + 1));
+    arena.take<Counter>(phases_of(*step) * (threads + 1));
     share(arena, *step, most);
     for (int i = 0; i < threads; ++i) own(arena, *step, most);
     return arena.used;
 }
 
-// Runs the step: hidden in place, its tokens appended to every cache. scratch: as many bytes as the above says, at a multiple of 64.
+// Runs the step: hidden in place, its tokens appended to every cache, logits where there is an end. scratch: as many bytes as the above says, at a multiple of 64.
 // Returns 0; 2 where this machine lacks the path.
 EXPORT int lowbit_decode(int path, int threads, const DecodeStep *step, char *scratch) {
     const DecodePath *chosen = select_path(path);
@@ -431,7 +448,7 @@ EXPORT int lowbit_decode(int path, int threads, const DecodeStep *step, char *sc
     if (!chosen) return 2;
     const Extent most = extent_of(*step);
     Arena arena = {scratch};
-    const long counters = PHASES * step->blocks * (threads + 1);
+    const long counters = phases_of(*step) * (threads + 1);
     Counter *phases = arena.take<Counter>(counters);
     for (long i = 0; i < counters; ++i) phases[i].n = 0;
     const Shared shared = share(arena, *step, most);
@@ -444,8 +461,9 @@ EXPORT int lowbit_decode(int path, int threads, const DecodeStep *step, char *sc
 #endif
         Own mine = {};
         for (long i = 0; i <= thread; ++i) mine = own(arena, *step, most);
-        Worker worker = {*chosen, *planar, *step, shared, mine, team, thread, phases};
-        for (long i = 0; i < step->blocks; ++i) run_block(worker, step->block[i]);
+        Worker worker = {*chosen, *planar, *step, shared, mine, team, thread, phases, {*step, team, thread}};
+        for (long i = 0; i < step->blocks; ++i) run_block(worker, i);
+        if (step->end) make_logits(worker);
     }
     return 0;
 }

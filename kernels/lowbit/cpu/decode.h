@@ -59,6 +59,12 @@ struct DecodeBlock {
     DecodeCache cache;
 };
 
+// What makes logits of the hidden states: the last norm and the output head.
+struct DecodeEnd {
+    DecodeNorm norm;
+    DecodeSite head;
+};
+
 enum DecodeActivation { RELU = 0, SILU = 1 };
 
 struct DecodeStep {
@@ -75,6 +81,8 @@ struct DecodeStep {
     long blocks;
     const DecodeBlock *block;
     float *hidden;                      // [B, T, C]
+    const DecodeEnd *end;               // null: no logits
+    float *logits;                      // [B, T, vocabulary]
 };
 
 constexpr long DECODE_RUN = 16;                           // cached tokens that are decoded at a time

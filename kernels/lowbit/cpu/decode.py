@@ -82,6 +82,10 @@ class Block(Structure):
     ]
 
 
+class End(Structure):
+    _fields_ = [("norm", Norm), ("head", Site)]
+
+
 class Step(Structure):
     _fields_ = [
         *((name, c_long) for name in ("batch", "tokens", "channels", "heads", "kv_heads", "width")),
@@ -95,6 +99,8 @@ class Step(Structure):
         ("blocks", c_long),
         ("block", POINTER(Block)),
         ("hidden", c_void_p),
+        ("end", POINTER(End)),
+        ("logits", c_void_p),
     ]
 
 
