@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit.coded import Coded
 from lowbit.cpu import native
+from lowbit.cpu import planar as cpu
 from lowbit.planar import EXACT, TILE, PlanarWeight, padded_channels, planar_weight, tile_owners
 from lowbit.planar_reference import Quantized, repeat_tiles
 
@@ -35,7 +36,7 @@ class Kernels:
     module: has `quantize_static`, `quantize_tiles`, `quantize_token`, `quantize_exactly` and `planar_linear` as `lowbit.cpu.planar` has
     them; imported when they are first wanted. dtypes: of activations. run_on: whether they run on a device of this kind, and are worth it.
     norms: whether its `quantize_static` and `quantize_tiles` take a norm into their pass. cache: a module with `kv_append` and
-    `attention_decode` as `lowbit.triton.kv` has them, None for none.
+    `attention_decode` as `lowbit.triton.kv` has them, None for none. at_once: whether the module has `quantized_linear` too.
     """
 
     module: str
@@ -43,6 +44,7 @@ class Kernels:
     run_on: Callable[[torch.device], bool]
     norms: bool = False
     cache: str | None = None
+    at_once: bool = False
 
 
 @cache
@@ -60,7 +62,7 @@ def _triton_runs_on(device: torch.device) -> bool:
 
 HALVES = torch.float16, torch.bfloat16
 KERNELS = {
-    "cpu": Kernels("lowbit.cpu.planar", (torch.float32,), lambda device: native.fast_avx2()),
+    "cpu": Kernels("lowbit.cpu.planar", (torch.float32,), lambda device: native.fast_avx2(), at_once=True),
     "cuda": Kernels(
         "lowbit.triton.linear", (torch.float32, *HALVES), _triton_runs_on, norms=True, cache="lowbit.triton.kv"
     ),
@@ -174,8 +176,18 @@ def _kernels(device: torch.device):
 
 
 def _rounded(x: Tensor, weight: PlanarWeight, bias: Tensor | None, quantizer) -> Tensor:
-    codes = _codes(x, quantizer, repeats=weight.repeats)
-    return _kernels(x.device).planar_linear(*codes, weight, bias)
+    kernels = _kernels(x.device)
+    if KERNELS[x.device.type].at_once and not torch.compiler.is_compiling():
+        return kernels.quantized_linear(x.contiguous(), _grids(x, quantizer), weight, bias)
+    return kernels.planar_linear(*_codes(x, quantizer, repeats=weight.repeats), weight, bias)
+
+
+def _grids(x: Tensor, quantizer) -> cpu.Grids:
+    """What rounds x [T, C]."""
+    if quantizer.mode == "token":
+        return cpu.token_grid(quantizer.token_bits, x.shape[1])
+    scale, zero = (quantizer.scale, quantizer.zero) if quantizer.mode == "static" else (None, None)
+    return cpu.Grids(quantizer.bits, quantizer.sizes.long(), scale, zero, brief=quantizer.mode == "tile")
 
 
 def _codes(x: Tensor, quantizer, **more) -> Quantized:

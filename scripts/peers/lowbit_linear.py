@@ -52,7 +52,7 @@ def by_tiles(weight):
     def make(x):
         x, tiles = torch.from_numpy(x), weight.channels // TILE
         sizes, bits = torch.full((tiles,), TILE), torch.full((tiles,), A8, dtype=torch.uint8)
-        return lambda: planar.planar_linear(*planar.quantize_tiles(x, bits, sizes), weight)
+        return lambda: planar.quantized_linear(x, planar.Grids(bits, sizes, brief=True), weight)
 
     return read_bytes(weight), make
 
@@ -62,7 +62,7 @@ def by_token(weight):
 
     def make(x):
         x = torch.from_numpy(x)
-        return lambda: planar.planar_linear(*planar.quantize_token(x, A8), weight)
+        return lambda: planar.quantized_linear(x, planar.token_grid(A8, weight.channels), weight)
 
     return read_bytes(weight), make
 

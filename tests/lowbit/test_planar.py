@@ -58,14 +58,19 @@ def static_grids(C, bits, sizes, seed=2):
     return scale, zero, bits, sizes
 
 
+def clusters(mode, C):
+    """Sizes and bits, mixed or, in mode "low", all 7."""
+    sizes = spans(C, 128 if mode == "static" else 64)
+    return sizes, torch.full_like(sizes, 7).byte() if mode == "low" else (torch.arange(len(sizes)) % 7 + 2).byte()
+
+
 def quantized(mode, x, *, run=reference):
     """(codes and grids, xhat) of x in tiles of mixed bits, on static grids, or on a token's own."""
     names = {n.removesuffix("_planar"): getattr(run, n) for n in dir(run) if n.startswith("quantize_")}
     C = x.shape[1]
     if mode == "token":
         return names["quantize_token"](x, 8), quantize_activation_dynamic(x, 8)
-    sizes = spans(C, 128 if mode == "static" else 64)
-    bits = (torch.arange(len(sizes)) % 7 + 2).to(torch.uint8) if mode != "low" else torch.full((len(sizes),), 7).byte()
+    sizes, bits = clusters(mode, C)
     if mode == "static":
         grids = static_grids(C, bits, sizes)
         return names["quantize_static"](x, *grids), quantize_activation_static(x, *grids)
@@ -225,7 +230,7 @@ class Paths:
 
     def __init__(self, path):
         quantizers = cpu.quantize_tiles, cpu.quantize_token, cpu.quantize_static, cpu.quantize_exactly
-        for run in (*quantizers, cpu.planar_linear):
+        for run in (*quantizers, cpu.planar_linear, cpu.quantized_linear):
             setattr(self, run.__name__, partial(on, path, run))
 
 
@@ -313,6 +318,47 @@ def test_native_product_is_the_reference_s(paths, bits, T, threads):
     threads(2)
     for y, *inputs in runs:
         assert torch.equal(paths.planar_linear(*inputs), y)
+
+
+def grids_of(mode, C):
+    """What `quantized` rounds by."""
+    if mode == "token":
+        return cpu.token_grid(8, C)
+    sizes, bits = clusters(mode, C)
+    scale, zero = static_grids(C, bits, sizes)[:2] if mode == "static" else (None, None)
+    return cpu.Grids(bits, sizes, scale, zero, brief=mode != "static")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("T", [0, 1, 2, 70])
+@pytest.mark.parametrize(
+    "bits, R, C, bias", [(4, 50, 200, True), (3, 7, 65, False), (8, 16, 320, False), (2, 1, 1, True)]
+)
+def test_one_call_rounds_and_multiplies_to_the_same_bits(paths, mode, T, bits, R, C, bias, threads):
+    _, disk = disk_weight(R, C, bits)
+    weight = planar_weight(*disk, bits=bits, channels=C)
+    bias, x = torch.randn(R, generator=seeded(3)) if bias else None, activations(T, C)
+    if T == 2:
+        x[1, C // 2] = math.nan
+    expected = paths.planar_linear(*quantized(mode, x, run=paths)[0], weight, bias)
+    for count in (1, 3):
+        threads(count)
+        assert torch.equal(
+            paths.quantized_linear(x, grids_of(mode, C), weight, bias).nan_to_num(7), expected.nan_to_num(7)
+        )
+    assert expected.isnan().any() == (T == 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_call_repeats_tiles(paths, mode):
+    _, disk = disk_weight(20, 200, 4)
+    sizes, fine = disk[3], torch.tensor([1, 3], dtype=torch.int32)
+    rest = [lowbit.pack(torch.randint(16, (20, n), generator=seeded(n), dtype=torch.uint8), 4) for n in (72, 2)]
+    weight = planar_weight(*disk[:3], sizes, bits=4, channels=200, fine=(*rest, fine))
+    assert weight.repeats.tolist() == [1, 3]
+    x = activations(3, 200)
+    codes = reference.repeat_tiles(quantized(mode, x)[0], 200, weight.repeats)
+    assert torch.equal(paths.quantized_linear(x, grids_of(mode, 200), weight), paths.planar_linear(*codes, weight))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -414,6 +460,25 @@ def test_what_does_not_fit_is_refused():
             cpu.quantize_token(wrong, 8)
     with pytest.raises(ValueError, match="sizes must be a contiguous"):
         cpu.quantize_tiles(torch.zeros(2, 64), torch.tensor([8], dtype=torch.uint8), torch.tensor([64]).int())
+
+
+@needs_library
+def test_what_does_not_fit_one_call_is_refused():
+    _, disk = disk_weight(4, 192, 4)
+    weight, x = planar_weight(*disk, bits=4, channels=192), torch.zeros(2, 192)
+    grids = grids_of("static", 192)
+    assert cpu.quantized_linear(x, grids, weight).shape == (2, 4)
+    for wrong in ({"x": x.double()}, {"x": x[0]}, {"x": x[:, ::2]}, {"bias": torch.zeros(3)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a contiguous"):
+            cpu.quantized_linear(**{"x": x, "grids": grids, "weight": weight, **wrong})
+    for name in ("bits", "sizes", "scale", "zero"):
+        with pytest.raises(ValueError, match=f"{name} must be a contiguous"):
+            cpu.quantized_linear(x, grids._replace(**{name: getattr(grids, name).half()}), weight)
+    with pytest.raises(ValueError, match="weight.scale must be a contiguous"):
+        cpu.quantized_linear(torch.zeros(2, 64), cpu.token_grid(8, 64), weight)
+    for sizes, said in (((96, 96), "channel 96 lies inside"), ((64, 64), "must cover 192")):
+        with pytest.raises(ValueError, match=said):
+            cpu.quantized_linear(x, grids._replace(sizes=torch.tensor(sizes)), weight)
 
 
 def test_a_weight_of_other_shapes_is_refused():

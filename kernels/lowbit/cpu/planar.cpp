@@ -196,12 +196,13 @@ void *pad_tail(const PlanarWeight &w, PlanarBlock &tail) {
     return memory;
 }
 
+// y of all tokens, by the threads of the parallel region that this is called in.
 void spread_rows(const PlanarPath &path, int threads, const PlanarActivations &x, const PlanarWeight &w, const PlanarBlock &tail,
                  float *y) {
     constexpr long SHARES = 8;  // of each thread: whoever wakes late or loses its core holds up the others by one
     const long blocks = (w.R + PLANAR_ROWS - 1) / PLANAR_ROWS, team = blocks < threads ? blocks : threads;
     const long wanted = team == 1 ? 1 : team * SHARES, parts = blocks < wanted ? blocks : wanted;
-#pragma omp parallel for num_threads(team) schedule(dynamic)
+#pragma omp for schedule(dynamic)
     for (long part = 0; part < parts; ++part)
         // All rows for some tokens before the next ones: their codes stay in the cache.
         for (long from = 0; from < x.T; from += PLANAR_TOKENS) {
@@ -223,6 +224,34 @@ void spread_nan(const PlanarActivations &x, long R, float *y) {
             for (long r = 0; r < R; ++r) y[t % (x.T / x.terms) * R + r] = std::numeric_limits<float>::quiet_NaN();
     }
 }
+
+// y, when ready(t) has been called for each token, whose codes it may make. False where memory ran out.
+template <class Ready>
+bool multiply(const PlanarPath &path, int threads, const PlanarActivations &x, const PlanarWeight &w, float *y, Ready ready) {
+    PlanarBlock tail = {};
+    void *padded = pad_tail(w, tail);
+    if (!padded) return false;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long t = 0; t < x.T; ++t) {
+            ready(t);
+            path.pack(x, static_cast<int>(w.bits), t, t + 1);
+        }
+        spread_rows(path, threads, x, w, tail, y);
+    }
+    spread_nan(x, w.R, y);
+    std::free(padded);
+    return true;
+}
+
+// Memory that ends with its scope: `bytes` in whole lines, null where there is none.
+struct Scratch {
+    char *start;
+    explicit Scratch(std::size_t bytes) : start(static_cast<char *>(std::aligned_alloc(64, whole_lines(bytes)))) {}
+    ~Scratch() { std::free(start); }
+    Scratch(const Scratch &) = delete;
+};
 
 }  // namespace
 
@@ -268,22 +297,39 @@ EXPORT int lowbit_planar_linear(int path, int threads, long bits, long T, long t
                                 const std::uint8_t *first, const std::uint8_t *second, const std::uint8_t *tables, const float *bias, float *y) {
     const PlanarPath *chosen = planar_path(path);
     if (!chosen) return 2;
-    const std::size_t entries = T * tiles * PLANAR_TILE, excesses = T * tiles * sizeof(std::int32_t);
-    std::int8_t *scratch = static_cast<std::int8_t *>(std::aligned_alloc(64, whole_lines(entries + excesses)));
+    const std::size_t entries = T * tiles * PLANAR_TILE;
+    const Scratch scratch(entries + T * tiles * sizeof(std::int32_t));
+    if (!scratch.start) return 1;
     const PlanarWeight w = {bits, tiles / 2, R, first, second, tables, octets, bias};
-    PlanarBlock tail = {};
-    void *padded = pad_tail(w, tail);
-    const bool ready = scratch && padded;
-    if (ready) {
-        std::int32_t *excess = reinterpret_cast<std::int32_t *>(scratch + entries);
-        const PlanarActivations x = {T, tiles, terms, a, step, shift, grid_stride, count, scratch, excess};
-        const long parts = T < threads ? T : threads;
-#pragma omp parallel for num_threads(parts) schedule(static)
-        for (long part = 0; part < parts; ++part) chosen->pack(x, bits, T * part / parts, T * (part + 1) / parts);
-        spread_rows(*chosen, threads, x, w, tail, y);
-        spread_nan(x, R, y);
-    }
-    std::free(padded);
-    std::free(scratch);
-    return ready ? 0 : 1;
+    const PlanarActivations x = {T,           tiles, terms, a, step, shift, grid_stride, count, reinterpret_cast<std::int8_t *>(scratch.start),
+                                 reinterpret_cast<std::int32_t *>(scratch.start + entries)};
+    return multiply(*chosen, threads, x, w, y, [](long) {}) ? 0 : 1;
+}
+
+// lowbit_planar_quantize and lowbit_planar_linear of what it makes, in one go: x [T, C], y [T, R].
+// Returns 0; 1 where memory ran out; 2 where this machine lacks the path; 3 for clusters that do not fit.
+EXPORT int lowbit_planar_product(int path, int threads, long T, long C, long tiles, long clusters, long again, long brief_steps, long bits,
+                                 long R, long octets, const float *x, const float *scale, const float *zero, const std::uint8_t *widths,
+                                 const std::int64_t *sizes, const std::int64_t *repeats, const std::uint8_t *first,
+                                 const std::uint8_t *second, const std::uint8_t *tables, const float *bias, float *y) {
+    const PlanarPath *chosen = planar_path(path);
+    if (!chosen) return 2;
+    const PlanarClusters all = {clusters, scale, zero, widths, sizes, repeats, again, brief_steps != 0};
+    if (!fits(all, C)) return 3;
+    bool shifted = scale != nullptr;
+    for (long c = 0; c < clusters; ++c) shifted |= widths[c] == 8;
+    const long cells = T * tiles, grids = scale ? tiles : cells, entries = cells * PLANAR_TILE;
+    const Scratch scratch(2 * entries + sizeof(float) * (cells + 2 * grids) + sizeof(std::int32_t) * cells);
+    if (!scratch.start) return 1;
+    std::int8_t *a = reinterpret_cast<std::int8_t *>(scratch.start), *packed = a + entries;
+    float *step = reinterpret_cast<float *>(packed + entries), *shift = step + grids, *count = shift + grids;
+    if (scale) share_grids(all, tiles, step, shift);
+    const PlanarWeight w = {bits, tiles / 2, R, first, second, tables, octets, bias};
+    const PlanarActivations codes = {T,     tiles,  1, a, step, shifted ? shift : nullptr, scale ? 0 : tiles, count, packed,
+                                     reinterpret_cast<std::int32_t *>(count + cells)};
+    const bool done = multiply(*chosen, threads, codes, w, y, [&](long t) {
+        planar_quantize_token(*chosen, all, tiles, x + t * C, a + t * tiles * PLANAR_TILE, scale ? nullptr : step + t * tiles,
+                              scale || !shifted ? nullptr : shift + t * tiles, count + t * tiles);
+    });
+    return done ? 0 : 1;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ CLUSTERS_DO_NOT_FIT = 3
 FLOAT = torch.float32
 
 
+class Grids(NamedTuple):
+    """What rounds activations: clusters of `sizes` int64 [n] channels at `bits` uint8 [n].
+
+    scale, zero: float32 [n], static grids; None: each token has its own. brief: steps of a token's own are bfloat16.
+    """
+
+    bits: Tensor
+    sizes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    brief: bool = False
+
+
+@cache
+def token_grid(bits: int, channels: int) -> Grids:
+    """One grid for all channels of a token."""
+    return Grids(torch.tensor([bits], dtype=torch.uint8), torch.tensor([channels]))
+
+
 def quantize_tiles(
     x: Tensor, bits: Tensor, sizes: Tensor, *, repeats: Tensor | None = None, path: str = "fastest"
 ) -> Quantized:
@@ -24,13 +44,12 @@ def quantize_tiles(
     sizes: int64. repeats: the weight's, for `repeat_tiles` of the result. path: as for the sweep. Raises ValueError for tensors that do
     not fit, or a path that this machine lacks.
     """
-    return _quantize(x, None, None, bits, sizes, repeats, brief=True, path=path)
+    return _quantize(x, Grids(bits, sizes, brief=True), repeats, path)
 
 
 def quantize_token(x: Tensor, bits: int, *, repeats: Tensor | None = None, path: str = "fastest") -> Quantized:
     """`lowbit.planar_reference.quantize_token_planar`; arguments and errors as `quantize_tiles`."""
-    one = torch.tensor([bits], dtype=torch.uint8), torch.tensor([_matrix(x)[1]])
-    return _quantize(x, None, None, *one, repeats, brief=False, path=path)
+    return _quantize(x, token_grid(bits, _matrix(x)[1]), repeats, path)
 
 
 def quantize_static(
@@ -44,7 +63,7 @@ def quantize_static(
     path: str = "fastest",
 ) -> Quantized:
     """`lowbit.planar_reference.quantize_static_planar`; arguments and errors as `quantize_tiles`."""
-    return _quantize(x, scale, zero, bits, sizes, repeats, brief=False, path=path)
+    return _quantize(x, Grids(bits, sizes, scale, zero), repeats, path)
 
 
 def quantize_exactly(x: Tensor, *, path: str = "fastest") -> Quantized:
@@ -112,28 +131,67 @@ def planar_linear(
     return y
 
 
-def _quantize(x, scale, zero, bits, sizes, repeats, *, brief: bool, path: str) -> Quantized:
-    T, C = _matrix(x)
-    n, E = sizes.numel(), 0 if repeats is None else repeats.numel()
-    _check("bits", bits, torch.uint8, (n,))
-    _check("sizes", sizes, torch.int64, (n,))
-    if scale is not None:
-        _check("scale", scale, FLOAT, (n,))
-        _check("zero", zero, FLOAT, (n,))
-    if E:
-        _check("repeats", repeats, torch.int64, (E,))
-    own, G = scale is None, all_tiles(C, repeats)
+def quantized_linear(
+    x: Tensor, grids: Grids, weight: PlanarWeight, bias: Tensor | None = None, *, path: str = "fastest"
+) -> Tensor:
+    """`planar_linear` of x float32 [T, C] as `grids` round it, repeats and all, bit for bit, in one call: float32 [T, R].
+
+    Raises:
+        ValueError: as the quantizers and `planar_linear`.
+        MemoryError: no scratch memory.
+    """
+    T, C = _check_grids(x, grids, weight.repeats)
+    G, R = all_tiles(C, weight.repeats), weight.rows
+    _check("weight.scale", weight.scale, FLOAT, (G, R))
+    if bias is not None:
+        _check("bias", bias, FLOAT, (R,))
+    y = torch.empty(T, R)
+    if y.numel() == 0:
+        return y
+    first, second = (*weight.planes, None)[:2]
+    again = 0 if weight.repeats is None else weight.repeats.numel()
+    sizes = T, C, G, grids.sizes.numel(), again, grids.brief, weight.bits, R, weight.tables.shape[1]
+    rounding = grids.scale, grids.zero, grids.bits, grids.sizes, weight.repeats
+    status = _call("lowbit_planar_product", path, sizes, (x, *rounding, first, second, weight.tables, bias, y))
+    native.check(status, f"lowbit's planar linear found no memory for {T} tokens of {G * TILE} channels", path)
+    _check_fit(status, x, grids, weight.repeats)
+    return y
+
+
+def _quantize(x: Tensor, grids: Grids, repeats: Tensor | None, path: str) -> Quantized:
+    T, C = _check_grids(x, grids, repeats)
+    own, G = grids.scale is None, all_tiles(C, repeats)
     a, count = torch.empty(T, G * TILE, dtype=torch.int8), torch.empty(T, G)
     step = torch.empty(T if own else 1, G)
-    shift = None if own and 8 not in bits.tolist() else torch.empty_like(step)
-    tensors = x, scale, zero, bits, sizes, repeats, a, step, shift, count
-    status = _call("lowbit_planar_quantize", path, (T, C, G, n, E, brief), tensors)
+    shift = None if own and 8 not in grids.bits.tolist() else torch.empty_like(step)
+    tensors = x, grids.scale, grids.zero, grids.bits, grids.sizes, repeats, a, step, shift, count
+    again = 0 if repeats is None else repeats.numel()
+    status = _call("lowbit_planar_quantize", path, (T, C, G, grids.sizes.numel(), again, grids.brief), tensors)
     native.check(status, "", path)
-    if status == CLUSTERS_DO_NOT_FIT:
-        check_clusters(x, bits, sizes)
-        again = [] if repeats is None else repeats.tolist()
-        raise ValueError(f"clusters of {sizes.tolist()} channels, tiles {again} once more, do not fit {C} channels")
+    _check_fit(status, x, grids, repeats)
     return a, step, shift, count
+
+
+def _check_grids(x: Tensor, grids: Grids, repeats: Tensor | None) -> tuple[int, int]:
+    """T and C of x; ValueError for tensors that the C functions cannot take."""
+    shape, n = _matrix(x), grids.sizes.numel()
+    _check("bits", grids.bits, torch.uint8, (n,))
+    _check("sizes", grids.sizes, torch.int64, (n,))
+    if grids.scale is not None:
+        _check("scale", grids.scale, FLOAT, (n,))
+        _check("zero", grids.zero, FLOAT, (n,))
+    if repeats is not None:
+        _check("repeats", repeats, torch.int64, tuple(repeats.shape[:1]))
+    return shape
+
+
+def _check_fit(status: int, x: Tensor, grids: Grids, repeats: Tensor | None) -> None:
+    if status == CLUSTERS_DO_NOT_FIT:
+        check_clusters(x, grids.bits, grids.sizes)
+        again = [] if repeats is None else repeats.tolist()
+        raise ValueError(
+            f"clusters of {grids.sizes.tolist()} channels, tiles {again} once more, do not fit {x.shape[1]} channels"
+        )
 
 
 @cache
