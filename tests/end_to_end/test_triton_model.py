@@ -40,6 +40,7 @@ MODELS = {
 }
 CHILD = """
 import json, sys, torch
+import test_triton_model as here
 from dataclasses import replace
 from lowbit import integer
 from lowbit.cpu import native
@@ -60,11 +61,16 @@ import ptq
 model, tokens = ptq.load(sys.argv[1]), torch.load(sys.argv[2])
 waiting = [n for n, m in model.named_modules() if isinstance(m, Linear) and m.planar is None]
 with torch.no_grad():
-    found = {"logits": model(tokens).logits}
-    found["tokens"] = model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0)
-torch.save(found, sys.argv[3])
+    torch.save(here.generated(model, tokens), sys.argv[3])
 print(json.dumps([sorted(called), sorted({kind for kind in norms if kind}), waiting]))
 """
+
+
+def generated(model, tokens):
+    """Tokens after a prompt, and logits [2, B, vocabulary]: of a prefill and of a step."""
+    how = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(tokens, max_new_tokens=2, **how)
+    return found.sequences, torch.stack(found.logits)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,19 +78,18 @@ print(json.dumps([sorted(called), sorted({kind for kind in norms if kind}), wait
 def test_logits_and_tokens_are_those_of_the_reference(name, tokenizer, recipe_for, run, tokens, tmp_path, monkeypatch):
     family, sizes, options, functions, norms, near = MODELS[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=300, num_hidden_layers=2, **sizes)
+    config = AutoConfig.for_model(family, vocab_size=300, num_hidden_layers=1, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
     run(recipe_for(tmp_path / "source", **options), tmp_path / "out")
     given = tokens[:2, :4]
     torch.save(given, tmp_path / "tokens")
-    printed = interpret(CHILD, tmp_path, "out", "tokens", "found", paths=[ROOT])
+    printed = interpret(CHILD, tmp_path, "out", "tokens", "found", paths=[ROOT, ROOT / "tests", Path(__file__).parent])
     assert json.loads(printed.splitlines()[-1]) == [sorted(functions), norms, []]
-    found = torch.load(tmp_path / "found")
+    found, logits = torch.load(tmp_path / "found")
     monkeypatch.setattr(native, "fast_avx2", lambda: False)
     model = ptq.load(tmp_path / "out")
     assert all(m.planar is None for m in model.modules() if isinstance(m, Linear))
-    logits = model(given).logits
-    assert 0 < float((found["logits"] - logits).abs().max() / logits.abs().max()) < near
-    wanted = model.generate(given, max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert torch.equal(found["tokens"], wanted)
+    wanted, expected = generated(model, given)
+    assert torch.equal(found, wanted)
+    assert 0 < float((logits - expected).abs().max() / expected.abs().max()) < near

@@ -36,9 +36,9 @@ def packed_model(family, bits=4, attention="sdpa", dtype=torch.float32, **change
     return model
 
 
-def in_steps(family, *how, length=8, pieces=STEPS, **more):
+def in_steps(family, *how, batch=1, length=8, pieces=STEPS, **more):
     """Logits of decoding in pieces."""
-    return decode_in_pieces(packed_model(family, *how, **more), tokens(2, length), pieces)[0]
+    return decode_in_pieces(packed_model(family, *how, **more), tokens(batch, length), pieces)[0]
 
 
 def past_the_memory():
@@ -89,7 +89,7 @@ def cropped():
 
 def moved_rows():
     """Rows are swapped, repeated and selected; the cache is then forgotten and filled again."""
-    model, ids, found = packed_model("opt"), tokens(2, 6), []
+    model, ids, found = packed_model("llama"), tokens(2, 6), []
     cache = model(ids).past_key_values
     for change, argument, rows in (
         ("reorder_cache", torch.tensor([1, 0]), [1, 0]),
@@ -142,7 +142,7 @@ def grid_of(bits=4, **more):
 # name -> what runs, and how many layers of how many steps attend by the kernel
 SCENARIOS = {
     "8 bits": (functools.partial(in_steps, "llama", 8), 2 * 2),
-    "4 bits": (functools.partial(in_steps, "llama", 4), 2 * 2),
+    "4 bits": (functools.partial(in_steps, "llama", 4, batch=2), 2 * 2),
     "3 bits": (functools.partial(in_steps, "llama", 3), 2 * 2),
     "a prompt of one token": (functools.partial(in_steps, "llama", length=3, pieces=1), 2 * 3),
     "past the memory": (past_the_memory, 2 * 2),
@@ -152,7 +152,7 @@ SCENARIOS = {
     "partly rotary": (functools.partial(in_steps, "gpt_neox", 8), 2 * 2),
     "two rotations, windows": (functools.partial(in_steps, "gemma3_text"), 2 * 2),
     "softcap": (functools.partial(in_steps, "gemma2", attention="lowbit"), 2 * 2),
-    "quantized softmax": (functools.partial(quantized_softmax, "opt", 6), 2 * 2),
+    "quantized softmax": (functools.partial(quantized_softmax, "llama", 6), 2 * 2),
     "sinks": (functools.partial(with_sinks, 2), 2 * 3),
     "padding on the left": (padded_rows, 2 * 2),
     "padding on the left, written masks": (functools.partial(padded_rows, attention="lowbit"), 2 * 2),
