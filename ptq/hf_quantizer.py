@@ -21,6 +21,7 @@ from ptq.consistency import check_filled, check_names, check_packed
 from ptq.hf import FORMAT_VERSION, MODEL_TYPE_PREFIX, QUANT_METHOD
 from ptq.sites import block_sites, norm_of
 from ptq.source import read_headers
+from ptq.trim import give_back
 
 
 class PtqConfig(QuantizationConfigMixin):
@@ -126,6 +127,7 @@ def make_fast(model: nn.Module, spec: Spec) -> dict[lowbit.Linear, bool]:
             else:
                 run_head_on_integers(model)
         waiting |= offload.let_go(part)
+        give_back()
     return waiting
 
 

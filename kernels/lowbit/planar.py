@@ -27,12 +27,13 @@ from torch import Tensor
 
 from lowbit.cpu import native
 from lowbit.cpu.nibbles import nibbles
-from lowbit.large_pages import in_large_pages
+from lowbit.large_pages import empty, in_large_pages
 from lowbit.packing import unpack
 
 TILE, UNIT = 64, 128
 BLOCK = 16  # rows whose grids a CPU kernel reads together
 EXACT = 2  # int8 codes of a number that has no grid
+AT_ONCE = 1 << 22  # codes that are laid out at a time on a CPU, through copies that take several bytes a code
 # bits -> (channels in a byte of the plane, dtype) for each plane
 PLANES = {
     8: ((1, torch.int8),),
@@ -212,11 +213,26 @@ def _laid_out(packed: Tensor, rest: Tensor | None, *, bits: int, channels: int) 
         plane, sums = nibbles(packed)
         if rest is None:
             return (plane,), sums
-        planes, more = _planes_of(rest, bits)
-        return (in_large_pages(torch.cat([plane, *planes], 1)),), torch.cat([sums, more], 1)
-    v = _tiled(_centred(unpack(packed, bits, channels), bits))  # [R, C] -> [R, tiles, 64]
-    planes, sums = _planes_of(v if rest is None else torch.cat([v, rest], 1), bits)
-    return tuple(map(in_large_pages, planes)), sums
+        low, more = _planes_of(rest, bits)
+        return (in_large_pages(torch.cat([plane, *low], 1)),), torch.cat([sums, more], 1)
+    R, some = len(packed), max(1, AT_ONCE // channels) if packed.is_cpu else len(packed)
+    planes: tuple[Tensor, ...] = ()
+    sums = []
+    for start in range(0, max(R, 1), some):
+        rows = slice(start, start + some)
+        v = _tiled(_centred(unpack(packed[rows], bits, channels), bits))  # [r, C] -> [r, tiles, 64]
+        parts, sum_of_rows = _planes_of(v if rest is None else torch.cat([v, rest[rows]], 1), bits)
+        planes = planes or tuple(_empty_rows(R, part) for part in parts)
+        for plane, part in zip(planes, parts):
+            plane[rows] = part
+        sums.append(sum_of_rows)
+    return planes, torch.cat(sums)
+
+
+def _empty_rows(count: int, like: Tensor) -> Tensor:
+    """[count, ...] to be written yet, on a CPU in large pages."""
+    shape = count, *like.shape[1:]
+    return empty(shape, like.dtype) if like.is_cpu else like.new_empty(shape)
 
 
 def _planes_of(v: Tensor, bits: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -7,7 +7,7 @@ from functools import partial
 import lowbit
 import pytest
 import torch
-from lowbit import integer
+from lowbit import integer, planar
 from lowbit import planar_reference as reference
 from lowbit.cpu import native
 from lowbit.cpu import planar as cpu
@@ -105,6 +105,20 @@ def test_native_nibbles_are_the_same_bytes(R, C, fine, monkeypatch):
     wanted = planar_weight(*stored, **options)
     assert torch.equal(found.planes[0], wanted.planes[0])
     assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in ("scale", "zero", "total"))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("fine", [False, True])
+def test_rows_are_laid_out_some_at_a_time(bits, fine, monkeypatch):
+    _, disk = disk_weight(33, 200, bits)
+    rest = None
+    if fine:
+        low = [torch.randint(2**bits, (33, n), generator=seeded(n), dtype=torch.uint8) for n in (72, 2)]
+        rest = (*(lowbit.pack(codes, bits) for codes in low), torch.tensor([1, 3]))
+    whole = planar_weight(*disk, bits=bits, channels=200, fine=rest)
+    monkeypatch.setattr(planar, "AT_ONCE", 1000)  # 5 rows
+    parts = planar_weight(*disk, bits=bits, channels=200, fine=rest)
+    assert all(torch.equal(a, b) for a, b in zip(parts.planes, whole.planes)) and torch.equal(parts.total, whole.total)
 
 
 def test_bytes_are_where_the_layout_says():
