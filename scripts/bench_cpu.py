@@ -41,6 +41,8 @@ FOUR_BITS = ("ggml Q4_0", "ggml Q4_0 repacked", "ggml Q4_1", "ggml Q4_K", "ggml 
 TARGETS = (
     (1, 1, "ptq W4A8", FOUR_BITS, 0.75),
     (1, 2, "ptq W4A8", FOUR_BITS, 0.9),
+    (1, 1, "ptq W4A8 symmetric", FOUR_BITS, 0.75),
+    (1, 2, "ptq W4A8 symmetric", FOUR_BITS, 0.9),
     (1, None, "ptq W3A8", ("ggml Q3_K",), 0.75),
     (1, None, "ptq W8A8", ("torch qint8",), 1.0),
     (16, None, "ptq W4A8", FOUR_BITS, 0.75),
