@@ -10,7 +10,7 @@ cd "$copy"
 flags=(-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -fvisibility=hidden -fno-exceptions -fno-rtti -fopenmp)
 "${CXX:-g++}" "${flags[@]}" -fsanitize=address,undefined -fno-sanitize-recover=all -shared -fPIC \
   kernels/lowbit/cpu/*.cpp -o kernels/lowbit/cpu/_native.so
-natives=(gram lowest planar integer fine_groups sparse_linear sweep decode)
+natives=(gram lowest planar integer fine_groups sparse_linear sweep decode decode_plain)
 files=()
 for name in "${natives[@]}"; do
   if [ -f "tests/lowbit/test_$name.py" ]; then files+=("tests/lowbit/test_$name.py"); fi

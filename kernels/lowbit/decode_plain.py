@@ -75,8 +75,8 @@ def _attach(module: nn.Module, plain: Callable[[nn.Module, dict], ModelOutput | 
 
     @wraps(forward)
     def plain_or_not(self, *args, **kwargs):
-        output, clear = None, len(args) < (1 if "input_ids" in kwargs else 2)
-        if clear and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        output, known = None, len(args) < (1 if "input_ids" in kwargs else 2)
+        if known and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             try:
                 output = plain(self, {"input_ids": args[0], **kwargs} if args else dict(kwargs))
             except CannotStep:

@@ -60,8 +60,8 @@ struct Ahead {
         while (now.at >= now.end) {
             if (left <= 0 || next >= stretches) return;
             now = stretch(next++);
-            now.end = std::min(now.end, now.at + left);
-            left -= now.end - now.at;
+            const long bytes = std::min<long>(now.end - now.at, left);
+            now.end = now.at + bytes, left -= bytes;
         }
         __builtin_prefetch(now.at, 0, 2);
         now.at += 64;
